@@ -1,0 +1,79 @@
+# make demo   set up .venv, install, build the native library, sample a grid of images
+# make test   the same set-up and the tools of development, then every test that can run here
+#
+# PYTHON=python3.12        another interpreter; a PyTorch 2.6 or newer that it has is used, not replaced
+# TORCH=torch==2.9.1       what to install where it has none
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+# What an installation depends on. The Python sources are used in place.
+SOURCES := pyproject.toml setup.py CMakeLists.txt fastfar/_version.py $(wildcard kernels/cpu/*)
+
+.PHONY: demo test test-gpu lint format wheel clean
+
+demo: $(VENV)/installed
+	$(BIN)/fastfar sample --classes 0,1,2,3,4,5,6,7,8,9 --per-class 6 --output outputs/demo.png
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest
+
+test-gpu: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(VENV)/installed-dev
+	$(BIN)/python -m pytest tests/test_lint.py
+
+format: $(VENV)/installed-dev
+	$(BIN)/python -m ruff check --fix .
+	PATH="$(BIN):$$PATH" clang-format -i kernels/cpu/*.cc kernels/cpu/*.h tests/cpp/*.cc
+
+wheel: $(VENV)/installed-dev
+	$(BIN)/python -m build --no-isolation
+
+clean:
+	rm -rf $(VENV) build dist fastfar/lib *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+# A virtual environment that sees the packages of $(PYTHON) if PyTorch is among them. A .pth file
+# rather than --system-site-packages: it also works when $(PYTHON) is itself in an environment.
+define SEE_TORCH
+import sys
+try:
+    import torch
+except ImportError:
+    sys.exit(1)
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
+    sys.exit(1)
+print(*(path for path in sys.path if path.endswith(("site-packages", "dist-packages"))), sep="\n")
+endef
+export SEE_TORCH
+
+$(VENV)/torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastfar needs Python 3.10 or newer")'
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	@if $(PYTHON) -c "$$SEE_TORCH" > $(VENV)/seen; then \
+	  echo "using the PyTorch of $(PYTHON)"; \
+	  cp $(VENV)/seen "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch-of-$(notdir $(PYTHON)).pth"; \
+	else \
+	  echo "installing $(TORCH)"; $(PIP) install "$(TORCH)"; \
+	fi
+	$(PIP) install "setuptools>=77"
+	@touch $@
+
+# CMake from PyPI where there is a compiler but no CMake; if that fails, the install is pure Python.
+$(VENV)/cmake: $(VENV)/torch
+	@if command -v $${CXX:-c++} > /dev/null && ! command -v cmake > /dev/null; then $(PIP) install cmake || true; fi
+	@touch $@
+
+$(VENV)/installed: $(VENV)/cmake $(SOURCES)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-build-isolation --editable .
+	@$(BIN)/python -c 'from fastfar import _native; print("native library:", _native.reason() or _native.library_path())'
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(PIP) install "fastfar[dev]"
+	@touch $@

@@ -1,0 +1,143 @@
+"""The native CPU library, by ctypes: find it, check that it is ours, call it.
+
+The interface is `kernels/cpu/fastfar_cpu.h`. Tensors cross as pointers and sizes; ctypes releases
+the interpreter lock during each call. Nothing here reads an environment variable: `backend.py`
+selects the instruction set.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ABI_VERSION = 1
+FOLDER = Path(__file__).resolve().parent / "lib"
+NOT_BUILT = (
+    "the native library was not built (no C++ compiler or no CMake at installation); "
+    "install a C++17 compiler and CMake, then reinstall fastfar with FASTFAR_REQUIRE_NATIVE=1"
+)
+
+_INT = ctypes.c_int32
+_SIZE = ctypes.c_int64
+_POINTER = ctypes.c_void_p
+_SIGNATURES: dict[str, tuple[type, tuple[type, ...]]] = {
+    "fastfar_abi_version": (_INT, ()),
+    "fastfar_isa_count": (_INT, ()),
+    "fastfar_isa_name": (ctypes.c_char_p, (_INT,)),
+    "fastfar_isa_reason": (ctypes.c_char_p, (_INT,)),
+    "fastfar_isa_best": (_INT, ()),
+    "fastfar_isa_selected": (_INT, ()),
+    "fastfar_isa_select": (_INT, (_INT,)),
+    "fastfar_selftest": (_INT, (_SIZE, _SIZE, _SIZE, _POINTER, _POINTER, _POINTER)),
+}
+
+
+def library_path() -> Path:
+    """Where the library lies if it was built (`libfastfar_cpu.dylib` on macOS)."""
+    suffix = "dylib" if sys.platform == "darwin" else "so"
+    return FOLDER / f"libfastfar_cpu.{suffix}"
+
+
+class NativeLibrary:
+    """The loaded library. Raises OSError when the file is missing, foreign or too old or new."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise FileNotFoundError(NOT_BUILT)
+        self.path = path
+        self._c = ctypes.CDLL(str(path))
+        try:
+            for name, (result, arguments) in _SIGNATURES.items():
+                function = getattr(self._c, name)
+                function.restype = result
+                function.argtypes = arguments
+        except AttributeError as error:
+            raise OSError(f"{path} is of another fastfar ({error}); reinstall fastfar") from error
+        version = self._c.fastfar_abi_version()
+        if version != ABI_VERSION:
+            raise OSError(
+                f"{path} has interface version {version}, this fastfar needs {ABI_VERSION}; "
+                "reinstall fastfar"
+            )
+        self._names = [
+            self._c.fastfar_isa_name(isa).decode() for isa in range(self._c.fastfar_isa_count())
+        ]
+
+    def instruction_sets(self) -> dict[str, str | None]:
+        """Every instruction set, slowest first: None = usable here, else the reason it is not."""
+        reasons = [self._c.fastfar_isa_reason(isa) for isa in range(len(self._names))]
+        return {
+            name: None if reason is None else reason.decode()
+            for name, reason in zip(self._names, reasons, strict=True)
+        }
+
+    @property
+    def selected(self) -> str:
+        """The instruction set that operations run on."""
+        return self._names[self._c.fastfar_isa_selected()]
+
+    def select(self, name: str) -> str:
+        """Run all later operations of this process on `name`, or on the best set for "auto".
+
+        Raises ValueError when this machine or this build cannot serve it.
+        """
+        sets = self.instruction_sets()
+        if name == "auto":
+            name = self._names[self._c.fastfar_isa_best()]
+        if name not in sets:
+            raise ValueError(f"unknown instruction set {name!r}; known: auto, {', '.join(sets)}")
+        if sets[name] is not None:
+            usable = ", ".join(each for each, reason in sets.items() if reason is None)
+            raise ValueError(
+                f"instruction set {name!r} cannot be used: {sets[name]}; usable: {usable}"
+            )
+        self._c.fastfar_isa_select(self._names.index(name))
+        return name
+
+    def selftest(self, a_MK: Tensor, b_KN: Tensor) -> tuple[Tensor, str]:
+        """bf16(a) bf16(b) with float32 sums, and the instruction set whose code ran.
+
+        a_MK: (M, K) float32, b_KN: (K, N) float32, on the CPU; any strides (copied if they are
+        not contiguous). Returns (M, N) float32. Raises ValueError or TypeError on other input.
+        """
+        if a_MK.dtype != torch.float32 or b_KN.dtype != torch.float32:
+            raise TypeError(f"selftest needs float32, got {a_MK.dtype} and {b_KN.dtype}")
+        if a_MK.dim() != 2 or b_KN.dim() != 2 or a_MK.shape[1] != b_KN.shape[0]:
+            raise ValueError(
+                f"selftest needs (M, K) and (K, N), got {tuple(a_MK.shape)}, {tuple(b_KN.shape)}"
+            )
+        if a_MK.device.type != "cpu" or b_KN.device.type != "cpu":
+            raise ValueError(f"selftest needs CPU tensors, got {a_MK.device} and {b_KN.device}")
+        a_MK, b_KN = a_MK.contiguous(), b_KN.contiguous()
+        (m, k), n = a_MK.shape, b_KN.shape[1]
+        c_MN = torch.empty(m, n)
+        if m == 0 or n == 0:
+            return c_MN, self.selected
+        if k == 0:
+            return c_MN.zero_(), self.selected
+        status: int = self._c.fastfar_selftest(
+            m, n, k, a_MK.data_ptr(), b_KN.data_ptr(), c_MN.data_ptr()
+        )
+        if status < 0:
+            raise RuntimeError(f"fastfar_selftest refused its arguments (code {status})")
+        return c_MN, self._names[status]
+
+
+@functools.cache
+def load() -> NativeLibrary:
+    """The library, loaded once. Raises OSError with the reason when there is none to load."""
+    return NativeLibrary(library_path())
+
+
+def reason() -> str | None:
+    """None when the library loads, else why not."""
+    try:
+        load()
+    except OSError as error:
+        return str(error)
+    return None

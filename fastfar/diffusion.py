@@ -1,0 +1,106 @@
+"""Diffusion of one token: cosine schedule, respacing, learned-range variance.
+
+With alpha_bar_t the cumulated signal share, x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) n.
+
+Source: improved DDPM (Nichol and Dhariwal, arXiv 2102.09672): cosine schedule (eq. 17), learned
+range variance (eq. 15), hybrid loss (eq. 16), respacing (section 4).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+MAX_BETA = 0.999
+
+
+def cosine_alpha_bar(num_timesteps: int = 1000) -> Tensor:
+    """(num_timesteps,) float64: cumulated alpha of the cosine schedule, betas capped at 0.999."""
+    time = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+    signal = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+    beta = (1.0 - signal[1:] / signal[:-1]).clamp(max=MAX_BETA)
+    return torch.cumprod(1.0 - beta, dim=0)
+
+
+def spaced_timesteps(steps: int, num_timesteps: int = 1000) -> Tensor:
+    """(steps,) int64 ascending: `steps` timesteps evenly spread over 0..num_timesteps - 1.
+
+    Raises:
+        ValueError: `steps` is not in 1..num_timesteps.
+    """
+    if not 1 <= steps <= num_timesteps:
+        raise ValueError(f"diffusion steps must lie in 1..{num_timesteps}, got {steps}")
+    stride = (num_timesteps - 1) / (steps - 1) if steps > 1 else 1.0
+    # The published code accumulates the stride in floating point and rounds each time.
+    position, chosen = 0.0, []
+    for _ in range(steps):
+        chosen.append(round(position))
+        position += stride
+    return torch.tensor(chosen)
+
+
+@dataclass(frozen=True)
+class DiffusionTables:
+    """Coefficients of T ancestral steps, float64, entry 0 is the cleanest step.
+
+    x_0 = recip x_t - recip_m1 eps;  mean = mean_x0 x_0 + mean_xt x_t;
+    log var = f log_beta + (1 - f) log_posterior with f = (v + 1) / 2.
+    """
+
+    timestep: Tensor
+    signal: Tensor
+    sigma: Tensor
+    recip: Tensor
+    recip_m1: Tensor
+    mean_x0: Tensor
+    mean_xt: Tensor
+    log_beta: Tensor
+    log_posterior: Tensor
+
+    def __len__(self) -> int:
+        return len(self.timestep)
+
+
+@lru_cache(maxsize=64)
+def diffusion_tables(steps: int = 1000, num_timesteps: int = 1000) -> DiffusionTables:
+    """Tables of the schedule respaced to `steps` steps. Shared and cached: do not write to them."""
+    timestep = spaced_timesteps(steps, num_timesteps)
+    alpha_bar = cosine_alpha_bar(num_timesteps)[timestep]
+    before = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+    beta = 1.0 - alpha_bar / before
+    alpha = 1.0 - beta
+    variance = beta * (1.0 - before) / (1.0 - alpha_bar)
+    # The posterior variance of the last step is 0; its logarithm is that of the step before.
+    clipped = torch.cat([variance[1:2], variance[1:]]) if steps > 1 else beta
+    return DiffusionTables(
+        timestep=timestep,
+        signal=alpha_bar.sqrt(),
+        sigma=(1.0 - alpha_bar).sqrt(),
+        recip=alpha_bar.rsqrt(),
+        recip_m1=(1.0 / alpha_bar - 1.0).sqrt(),
+        mean_x0=beta * before.sqrt() / (1.0 - alpha_bar),
+        mean_xt=(1.0 - before) * alpha.sqrt() / (1.0 - alpha_bar),
+        log_beta=beta.log(),
+        log_posterior=clipped.log(),
+    )
+
+
+def add_noise(x0_NP: Tensor, noise_NP: Tensor, timestep_N: Tensor, num_timesteps: int) -> Tensor:
+    """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise, each row at its own t."""
+    tables = diffusion_tables(num_timesteps, num_timesteps)
+    signal_N1 = tables.signal.to(x0_NP.device, x0_NP.dtype)[timestep_N, None]
+    sigma_N1 = tables.sigma.to(x0_NP.device, x0_NP.dtype)[timestep_N, None]
+    return signal_N1 * x0_NP + sigma_N1 * noise_NP
+
+
+def timestep_embedding(timestep_N: Tensor, width: int = 256) -> Tensor:
+    """(N,) -> (N, width) float32: cosines, then sines, of t * 10000 ** (-i / (width / 2))."""
+    half = width // 2
+    index = torch.arange(half, dtype=torch.float32, device=timestep_N.device)
+    frequency = torch.exp(index * (-math.log(10000.0) / half))
+    angle = timestep_N.float()[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)

@@ -1,0 +1,115 @@
+"""Frequency levels: the low-pass filters as fixed matrices.
+
+Both filters of the paper are linear and separable, so level i of a latent is
+
+    x_i = A_i x A_i^T          per channel, A_i of shape (H, H)
+
+with one matrix per level. Level 0 is the zero matrix, level K the identity. Row -1 of a lookup
+(level -1) also is the identity: "not filtered".
+
+Source: FAR, arXiv 2503.05305, section 3.2; FAR's published code for the resampling rule.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _area_bicubic_matrix(size: int, level: int, num_levels: int) -> Tensor:
+    """Area average down to ceil(size * level / num_levels), then bicubic (a = -0.75) back up."""
+    small = math.ceil(size * level / num_levels)
+    columns_11HH = torch.eye(size, dtype=torch.float64)[None, None]
+    # Resampling the rows of the identity alone gives the 1-D operator as a matrix.
+    down = F.interpolate(columns_11HH, size=(small, size), mode="area")
+    up = F.interpolate(down, size=(size, size), mode="bicubic", align_corners=False)
+    return up[0, 0]
+
+
+def _fourier_matrix(size: int, level: int, num_levels: int) -> Tensor:
+    """Keep the frequencies |u| <= (level / num_levels) * size / 2 along one axis."""
+    frequency_H = torch.fft.fftfreq(size, 1.0 / size, dtype=torch.float64).abs()
+    kept_H = (frequency_H <= level * size / (2 * num_levels)).to(torch.float64)
+    identity = torch.eye(size, dtype=torch.float64)
+    return torch.fft.ifft(kept_H[:, None] * torch.fft.fft(identity, dim=0), dim=0).real
+
+
+_MATRIX = {"area_bicubic": _area_bicubic_matrix, "fourier": _fourier_matrix}
+
+
+@lru_cache(maxsize=32)
+def filter_matrices(size: int, num_levels: int, kind: str = "area_bicubic") -> Tensor:
+    """All low-pass operators of one latent size.
+
+    Args:
+        size: H, side of the latent.
+        num_levels: K.
+        kind: "area_bicubic" or "fourier".
+
+    Returns:
+        (K + 1, H, H) float64 on the CPU; entry i is A_i. Shared and cached: do not write to it.
+
+    Raises:
+        ValueError: unknown kind, or sizes below 1.
+    """
+    if kind not in _MATRIX:
+        raise ValueError(f"filter kind must be one of {sorted(_MATRIX)}, got {kind!r}")
+    if size < 1 or num_levels < 1:
+        raise ValueError(f"size and num_levels must be positive, got {size} and {num_levels}")
+    matrices = [torch.zeros(size, size, dtype=torch.float64)]
+    matrices += [_MATRIX[kind](size, level, num_levels) for level in range(1, num_levels)]
+    matrices.append(torch.eye(size, dtype=torch.float64))
+    return torch.stack(matrices)
+
+
+def check_levels(level_B: Tensor, num_levels: int) -> None:
+    """ValueError unless every level is an integer in -1..num_levels (-1: not filtered)."""
+    if level_B.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"levels must be an integer tensor, got {level_B.dtype}")
+    if level_B.numel() and not (-1 <= int(level_B.min()) and int(level_B.max()) <= num_levels):
+        raise ValueError(
+            f"levels must lie in 0..{num_levels} (or -1 for 'not filtered'), "
+            f"got {sorted(set(level_B.tolist()))}"
+        )
+
+
+def low_pass(
+    latent_BCHH: Tensor, level_B: Tensor, *, num_levels: int, kind: str = "area_bicubic"
+) -> Tensor:
+    """x_i = A_i x A_i^T, each image at its own level.
+
+    Args:
+        latent_BCHH: (B, C, H, H), any floating dtype.
+        level_B: (B,) int64 in 0..num_levels, or -1 for an image that stays as it is.
+
+    Returns:
+        (B, C, H, H), dtype of the input.
+    """
+    size = latent_BCHH.shape[-1]
+    table = filter_matrices(size, num_levels, kind).to(latent_BCHH.device, latent_BCHH.dtype)
+    # Level -1 indexes the last matrix, the identity.
+    matrix_B1HH = table[level_B.to(latent_BCHH.device)][:, None]
+    return matrix_B1HH @ latent_BCHH @ matrix_B1HH.transpose(-1, -2)
+
+
+def patchify(latent_BCHH: Tensor, patch_size: int) -> Tensor:
+    """(B, C, H, H) -> (B, L, C * p * p); tokens row by row, numbers as (channel, row, column)."""
+    batch, channels, size, _ = latent_BCHH.shape
+    grid = size // patch_size
+    x = latent_BCHH.reshape(batch, channels, grid, patch_size, grid, patch_size)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(batch, grid * grid, channels * patch_size**2)
+
+
+def unpatchify(tokens_BLP: Tensor, patch_size: int) -> Tensor:
+    """Inverse of `patchify`."""
+    batch, length, numbers = tokens_BLP.shape
+    grid = math.isqrt(length)
+    channels = numbers // patch_size**2
+    x = tokens_BLP.reshape(batch, grid, grid, channels, patch_size, patch_size)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(
+        batch, channels, grid * patch_size, grid * patch_size
+    )

@@ -1,0 +1,152 @@
+"""Noise sources: every random number of a sampling run comes from one of these.
+
+A source is asked once per outer step for all the noise of that step, so a captured loop can read
+it from buffers that were filled ahead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class NoiseSource(Protocol):
+    """What `sample_latents` asks of its `noise` argument. N = B * L rows, image by image."""
+
+    def initial(self, step: int) -> Tensor:
+        """(N, P) float32: the start x_T of outer step `step`."""
+
+    def steps(self, step: int, count: int) -> Tensor:
+        """(count, N, P) float32: ancestral noise in the order used, first executed first."""
+
+    def order(self) -> Tensor:
+        """(B, L) int64: one random order of the tokens per image; the first ones stay masked."""
+
+
+class TensorNoise:
+    """Injected draws, for parity tests.
+
+    Args:
+        initial: (S, N, P), or one (N, P) tensor per outer step.
+        step: (S, T, N, P), or one (T, N, P) tensor per outer step where T varies.
+        order: (B, L) int64, needed by masked plans only.
+
+    Raises:
+        ValueError: the shapes do not fit each other, or masked sampling asks for a missing order.
+    """
+
+    def __init__(
+        self,
+        initial: Tensor | Sequence[Tensor],
+        step: Tensor | Sequence[Tensor],
+        order: Tensor | None = None,
+    ) -> None:
+        if len(initial) != len(step):
+            raise ValueError(
+                f"initial holds {len(initial)} outer steps and step {len(step)}; give one entry "
+                "per outer step in both"
+            )
+        for k, (start, ancestral) in enumerate(zip(initial, step, strict=True)):
+            if start.shape != ancestral.shape[1:]:
+                raise ValueError(
+                    f"outer step {k}: initial noise is {tuple(start.shape)}, step noise is "
+                    f"{tuple(ancestral.shape)}; expected (N, P) and (T, N, P)"
+                )
+        self._initial, self._step, self._order = initial, step, order
+
+    def initial(self, step: int) -> Tensor:
+        return self._initial[step]
+
+    def steps(self, step: int, count: int) -> Tensor:
+        noise_TNP = self._step[step]
+        if len(noise_TNP) < count:
+            raise ValueError(
+                f"outer step {step} needs noise for {count} diffusion steps, got {len(noise_TNP)}"
+            )
+        return noise_TNP[:count]
+
+    def order(self) -> Tensor:
+        if self._order is None:
+            raise ValueError("a masked plan needs TensorNoise(..., order=...) of shape (B, L)")
+        return self._order
+
+
+class SeededNoise:
+    """Counter-based noise: a function of (seed, image, outer step, diffusion step) alone.
+
+    One image is the same alone or in a batch, at any batch position, on every back end. The
+    generator is Philox, keyed by (seed, image) with the counter's high word at the outer step;
+    diffusion steps follow each other in its stream, so a prefix of T steps is the same for
+    every T.
+
+    Args:
+        keys: (seed, image) per image, whole numbers in 0..2**64 - 1.
+        num_tokens, token_dim: L and P.
+    """
+
+    def __init__(self, keys: Sequence[tuple[int, int]], num_tokens: int, token_dim: int) -> None:
+        self._keys = [(seed % 2**64, image % 2**64) for seed, image in keys]
+        self._shape = (num_tokens, token_dim)
+
+    def _generator(self, key: tuple[int, int], stream: int) -> np.random.Generator:
+        counter = np.array([0, 0, 0, stream], dtype=np.uint64)
+        return np.random.Generator(
+            np.random.Philox(key=np.array(key, dtype=np.uint64), counter=counter)
+        )
+
+    def _draw(self, stream: int, count: int) -> Tensor:
+        shape = (count, *self._shape)
+        noise_TBLP = np.empty((count, len(self._keys), *self._shape), dtype=np.float32)
+        for image, key in enumerate(self._keys):
+            generator = self._generator(key, stream)
+            noise_TBLP[:, image] = generator.standard_normal(shape, dtype=np.float32)
+        return torch.from_numpy(noise_TBLP).flatten(1, 2)
+
+    def initial(self, step: int) -> Tensor:
+        return self._draw(2 * step + 1, 1)[0]
+
+    def steps(self, step: int, count: int) -> Tensor:
+        return self._draw(2 * step + 2, count)
+
+    def order(self) -> Tensor:
+        length = self._shape[0]
+        orders = [self._generator(key, 0).permutation(length) for key in self._keys]
+        return torch.from_numpy(np.stack(orders))
+
+
+def seeded_noise(
+    generator: torch.Generator | Sequence[torch.Generator] | int | None,
+    batch: int,
+    num_tokens: int,
+    token_dim: int,
+) -> SeededNoise:
+    """The noise source for diffusers' `generator` argument.
+
+    Args:
+        generator: one generator (each image takes a seed from it in turn), one generator per
+            image, a whole number (image i gets the key (seed, i)), or None (PyTorch's default
+            generator).
+
+    Raises:
+        ValueError: the list's length is not the batch size.
+    """
+    if isinstance(generator, int):
+        return SeededNoise([(generator, i) for i in range(batch)], num_tokens, token_dim)
+    if generator is None or isinstance(generator, torch.Generator):
+        generators: Sequence[torch.Generator | None] = [generator] * batch
+    else:
+        generators = list(generator)
+        if len(generators) != batch:
+            raise ValueError(
+                f"got {len(generators)} generators for {batch} images; give one generator, or "
+                "one per image"
+            )
+    seeds = []
+    for g in generators:
+        device = "cpu" if g is None else g.device
+        seeds.append(int(torch.randint(2**63 - 1, (), generator=g, device=device)))
+    return SeededNoise([(seed, 0) for seed in seeds], num_tokens, token_dim)

@@ -1,0 +1,52 @@
+"""How an op finds its implementation.
+
+`@op` turns the PyTorch implementation of an op into the op: calling it runs the implementation of
+the active back end where there is one, and the PyTorch one otherwise.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Generic, ParamSpec, TypeVar
+
+Params = ParamSpec("Params")
+Result = TypeVar("Result")
+
+_active: ContextVar[str] = ContextVar("fastfar_backend", default="torch")
+
+
+class Op(Generic[Params, Result]):
+    """A named function with one implementation per back end."""
+
+    def __init__(self, function: Callable[Params, Result]) -> None:
+        functools.update_wrapper(self, function)
+        self.name: str = function.__name__
+        self.implementations: dict[str, Callable[..., Any]] = {"torch": function}
+
+    def register(self, backend: str, function: Callable[Params, Result]) -> None:
+        """Add the implementation of one back end; same signature as the op."""
+        self.implementations[backend] = function
+
+    def __call__(self, *args: Params.args, **kwargs: Params.kwargs) -> Result:
+        table = self.implementations
+        chosen = table.get(_active.get(), table["torch"])
+        result: Result = chosen(*args, **kwargs)
+        return result
+
+
+def op(function: Callable[Params, Result]) -> Op[Params, Result]:
+    """Decorator: the PyTorch implementation becomes the op of the same name."""
+    return Op(function)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run the ops called inside on back end `name` (in this thread or task only)."""
+    token = _active.set(name)
+    try:
+        yield
+    finally:
+        _active.reset(token)

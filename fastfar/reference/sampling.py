@@ -1,0 +1,124 @@
+"""The outer loop of sampling: one pass of the transformer and one denoising per frequency level."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .diffusion import denoise_loop
+from .filters import NOT_FILTERED, filter_mask_patchify, unpatchify
+from .transformer import class_embedding, condition
+
+HEAD_PREFIX = "diffloss.net."
+
+
+class Plan(Protocol):
+    """What `sample_latents` reads of a plan; entry k of each sequence belongs to outer step k."""
+
+    @property
+    def levels(self) -> Sequence[int]: ...
+    @property
+    def input_levels(self) -> Sequence[int | None]: ...
+    @property
+    def guidance_scales(self) -> Sequence[float]: ...
+    @property
+    def temperatures(self) -> Sequence[float]: ...
+    @property
+    def diffusion_steps(self) -> Sequence[int]: ...
+    @property
+    def mask_ratios(self) -> Sequence[float] | None: ...
+    @property
+    def x0_range(self) -> tuple[float, float] | None: ...
+    @property
+    def keep_unmasked_history(self) -> bool: ...
+
+
+class Noise(Protocol):
+    """What `sample_latents` reads of a noise source, N = B * L rows."""
+
+    def initial(self, step: int) -> Tensor: ...
+    def steps(self, step: int, count: int) -> Tensor: ...
+    def order(self) -> Tensor: ...
+
+
+def next_mask(order_BL: Tensor, ratio: float) -> Tensor:
+    """bool (B, L): the first floor(L * ratio) tokens of each image's order are masked."""
+    length = order_BL.shape[1]
+    count = math.floor(length * ratio)
+    mask_BL = torch.zeros_like(order_BL, dtype=torch.bool)
+    return mask_BL.scatter(1, order_BL[:, :count], True)
+
+
+def sample_latents(
+    params: Mapping[str, Tensor],
+    class_labels_B: Tensor,
+    plan: Plan,
+    noise: Noise,
+    *,
+    num_heads: int,
+    latent_size: int,
+    patch_size: int = 1,
+    num_levels: int = 16,
+    kind: str = "area_bicubic",
+    on_level: Callable[[int, Tensor], object] | None = None,
+) -> Tensor:
+    """Latents (B, C, latent_size, latent_size) from coarse to fine, as the published code samples.
+
+    At outer step k: z = transformer(masked tokens); x = denoise_loop(z, levels[k]); then x is
+    low-passed to input_levels[k + 1] (None = not filtered) and masked by mask_ratios[k + 1] for the
+    next step. Both guidance halves always run. The dtype is that of `params`. on_level(k, latent)
+    is called after each step.
+    """
+    head = {k.removeprefix(HEAD_PREFIX): v for k, v in params.items() if k.startswith(HEAD_PREFIX)}
+    projection = params["z_proj.weight"]
+    batch, token_dim = len(class_labels_B), projection.shape[1]
+    num_tokens = (latent_size // patch_size) ** 2
+    order_BL = None if plan.mask_ratios is None else noise.order().to(projection.device)
+    with torch.no_grad():
+        labels_2B = torch.cat([class_labels_B, torch.full_like(class_labels_B, -1)])
+        class_2BD = class_embedding(params, labels_2B)
+        tokens_BLP = projection.new_zeros(batch, num_tokens, token_dim)
+        latent_BCHW = unpatchify(tokens_BLP, patch_size, latent_size)
+        for step, level in enumerate(plan.levels):
+            mask_BL = None
+            if plan.mask_ratios is not None and order_BL is not None:
+                mask_BL = next_mask(order_BL, plan.mask_ratios[step])
+            if step > 0:
+                input_level = plan.input_levels[step]
+                level_B = torch.full_like(
+                    class_labels_B, NOT_FILTERED if input_level is None else input_level
+                )
+                new_BLP = filter_mask_patchify(
+                    latent_BCHW,
+                    level_B,
+                    mask_BL,
+                    patch_size=patch_size,
+                    num_levels=num_levels,
+                    kind=kind,
+                )
+                if plan.keep_unmasked_history and mask_BL is not None:
+                    new_BLP = torch.where(mask_BL.unsqueeze(-1), tokens_BLP, new_BLP)
+                tokens_BLP = new_BLP
+            mask_2BL = None if mask_BL is None else mask_BL.repeat(2, 1)
+            z_2BLD = condition(
+                params, tokens_BLP.repeat(2, 1, 1), mask_2BL, class_2BD, num_heads=num_heads
+            )
+            x_NP = denoise_loop(
+                head,
+                z_2BLD.flatten(0, 1),
+                level,
+                noise.initial(step).to(projection),
+                noise.steps(step, plan.diffusion_steps[step]).to(projection),
+                guidance_scale=plan.guidance_scales[step],
+                temperature=plan.temperatures[step],
+                x0_range=plan.x0_range,
+            )
+            x_BLP = x_NP.reshape(batch, num_tokens, token_dim)
+            latent_BCHW = unpatchify(x_BLP, patch_size, latent_size)
+            if on_level is not None:
+                on_level(step, latent_BCHW)
+    return latent_BCHW

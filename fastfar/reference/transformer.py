@@ -1,0 +1,141 @@
+"""The encoder-decoder (FAR, arXiv 2503.05305; as MAR): tokens to one condition vector each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LAYERNORM_EPS = 1e-6
+
+
+def attention(qkv_BS3HE: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(E)) v, every position attends to every position.
+
+    qkv_BS3HE: float (B, S, 3, H, E). Returns (B, S, H * E), head after head.
+    """
+    q_BHSE, k_BHSE, v_BHSE = qkv_BS3HE.permute(2, 0, 3, 1, 4).unbind(0)
+    score_BHSS = q_BHSE @ k_BHSE.transpose(-1, -2) / math.sqrt(q_BHSE.shape[-1])
+    out_BHSE = torch.softmax(score_BHSS, dim=-1) @ v_BHSE
+    return out_BHSE.transpose(1, 2).flatten(2)
+
+
+def layernorm_attention_residual(
+    x_BSD: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    *,
+    num_heads: int,
+    eps: float = LAYERNORM_EPS,
+) -> Tensor:
+    """x + proj(attention(qkv(LN(x)))): the first half of a pre-norm ViT block.
+
+    x_BSD: float. qkv_weight: (3 D, D), rows q then k then v. proj_weight: (D, D). Returns (B, S,
+    D).
+    """
+    batch, length, width = x_BSD.shape
+    h_BSD = F.layer_norm(x_BSD, (width,), norm_weight, norm_bias, eps)
+    qkv = F.linear(h_BSD, qkv_weight, qkv_bias)
+    qkv_BS3HE = qkv.reshape(batch, length, 3, num_heads, width // num_heads)
+    return x_BSD + F.linear(attention(qkv_BS3HE), proj_weight, proj_bias)
+
+
+def layernorm_mlp_residual(
+    x_BSD: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    *,
+    eps: float = LAYERNORM_EPS,
+) -> Tensor:
+    """x + fc2(gelu(fc1(LN(x)))) with the exact (erf) GELU: the second half of a pre-norm ViT block.
+
+    x_BSD: float. fc1_weight: (M, D). fc2_weight: (D, M). Returns (B, S, D).
+    """
+    h_BSD = F.layer_norm(x_BSD, x_BSD.shape[-1:], norm_weight, norm_bias, eps)
+    hidden = F.gelu(F.linear(h_BSD, fc1_weight, fc1_bias), approximate="none")
+    return x_BSD + F.linear(hidden, fc2_weight, fc2_bias)
+
+
+def _blocks(x_BSD: Tensor, params: Mapping[str, Tensor], stack: str, num_heads: int) -> Tensor:
+    """All blocks `stack.0`, `stack.1`, ... in turn."""
+    index = 0
+    while f"{stack}.{index}.norm1.weight" in params:
+        prefix = f"{stack}.{index}"
+
+        def pair(name: str, prefix: str = prefix) -> tuple[Tensor, Tensor]:
+            return params[f"{prefix}.{name}.weight"], params[f"{prefix}.{name}.bias"]
+
+        x_BSD = layernorm_attention_residual(
+            x_BSD, *pair("norm1"), *pair("attn.qkv"), *pair("attn.proj"), num_heads=num_heads
+        )
+        x_BSD = layernorm_mlp_residual(x_BSD, *pair("norm2"), *pair("mlp.fc1"), *pair("mlp.fc2"))
+        index += 1
+    return x_BSD
+
+
+def _layer_norm(x_BSD: Tensor, params: Mapping[str, Tensor], name: str) -> Tensor:
+    weight, bias = params[f"{name}.weight"], params[f"{name}.bias"]
+    return F.layer_norm(x_BSD, x_BSD.shape[-1:], weight, bias, LAYERNORM_EPS)
+
+
+def class_embedding(params: Mapping[str, Tensor], labels_B: Tensor) -> Tensor:
+    """(B, D): the row of the class table, or `fake_latent` for the label -1 (no class)."""
+    table = params["class_emb.weight"]
+    embedding_BD = table[labels_B.clamp(min=0)]
+    return torch.where((labels_B < 0).unsqueeze(-1), params["fake_latent"], embedding_BD)
+
+
+def condition(
+    params: Mapping[str, Tensor],
+    tokens_BLP: Tensor,
+    mask_BL: Tensor | None,
+    class_embedding_BD: Tensor,
+    *,
+    num_heads: int,
+) -> Tensor:
+    """z = decoder(encoder(kept tokens)) + position: one condition vector per token, masked or not.
+
+    params: published keys. tokens_BLP: float, low-passed (values at masked tokens do not matter).
+    mask_BL: 1 (or True) = masked, the same count in every image; None = nothing masked.
+    class_embedding_BD: fills all buffer positions. Returns z_BLD.
+    Raises ValueError where the images keep different numbers of tokens.
+    """
+    batch, length, _ = tokens_BLP.shape
+    width = class_embedding_BD.shape[-1]
+    buffer_size = params["encoder_pos_embed_learned"].shape[1] - length
+    if mask_BL is None:
+        mask_BL = torch.zeros(batch, length, dtype=torch.bool, device=tokens_BLP.device)
+    keep_BL = ~mask_BL.bool()
+    kept = keep_BL.sum(dim=1)
+    if bool((kept != kept[0]).any()):
+        raise ValueError(f"kept tokens per image are {kept.tolist()}: mask the same number in all")
+    keep_BS = torch.cat([keep_BL.new_ones(batch, buffer_size), keep_BL], dim=1)
+
+    # Encoder: buffer positions hold the class; masked tokens are dropped after the first norm.
+    x_BLD = F.linear(tokens_BLP, params["z_proj.weight"], params["z_proj.bias"])
+    buffer = class_embedding_BD.unsqueeze(1).expand(batch, buffer_size, width)
+    x_BSD = torch.cat([buffer, x_BLD], dim=1) + params["encoder_pos_embed_learned"]
+    x_BSD = _layer_norm(x_BSD, params, "z_proj_ln")
+    x_BSD = x_BSD[keep_BS].reshape(batch, -1, width)
+    x_BSD = _blocks(x_BSD, params, "encoder_blocks", num_heads)
+    x_BSD = _layer_norm(x_BSD, params, "encoder_norm")
+
+    # Decoder: masked positions come back as the mask token.
+    x_BSD = F.linear(x_BSD, params["decoder_embed.weight"], params["decoder_embed.bias"])
+    full_BSD = params["mask_token"].repeat(batch, buffer_size + length, 1)
+    full_BSD[keep_BS] = x_BSD.reshape(-1, width)
+    x_BSD = full_BSD + params["decoder_pos_embed_learned"]
+    x_BSD = _blocks(x_BSD, params, "decoder_blocks", num_heads)
+    x_BSD = _layer_norm(x_BSD, params, "decoder_norm")
+    return x_BSD[:, buffer_size:] + params["diffusion_pos_embed_learned"]

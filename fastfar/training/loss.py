@@ -1,0 +1,218 @@
+"""The training loss of FAR and the random draws that it consumes.
+
+Source: FAR, arXiv 2503.05305, sections 3.3 (diffusion loss, frequency-aware training loss) and
+3.4 (masking); published code of FAR for the "official" mask rule and the batch multiplier.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastfar.config import FARConfig
+from fastfar.diffusion import add_noise
+from fastfar.levels import check_levels, patchify
+from fastfar.model import FAR
+from fastfar.ops import filter_mask_patchify, hybrid_loss
+
+MASK_RULES = ("paper", "official")
+LEVEL_WEIGHTS = ("sine",)
+
+
+@dataclass(frozen=True)
+class TrainingDraws:
+    """Every random number of one evaluation of the loss.
+
+    Attributes:
+        level: (B,) int64, or (1,) for one level for the whole batch.
+        timestep: (M * B * L,) int64; rows with the batch multiplier M outermost.
+        noise: (M * B * L, P).
+        mask: (B, L), 1 or True where a token is masked; None trains without masks.
+        dropped: (B,) bool, images whose label is replaced by "no class"; None drops none.
+    """
+
+    level: Tensor
+    timestep: Tensor
+    noise: Tensor
+    mask: Tensor | None = None
+    dropped: Tensor | None = None
+
+
+def mask_ratio(level_B: Tensor, num_levels: int, rule: str, generator: torch.Generator) -> Tensor:
+    """Share of masked tokens per image.
+
+    "paper": uniform in [r_i, 1], r_i falling linearly from 0.7 at level 0 to 0 at the top level.
+    "official": normal(1, 0.25) truncated to [0.7 i / K, 1], the published code's rule, which
+    rises with the level.
+    """
+    uniform_B = torch.rand(len(level_B), generator=generator)
+    fraction_B = level_B.float() / num_levels
+    if rule == "paper":
+        lowest_B = 0.7 * (1.0 - level_B.float() / max(num_levels - 1, 1)).clamp(min=0.0)
+        return lowest_B + (1.0 - lowest_B) * uniform_B
+    if rule == "official":
+        # Inverse of the normal distribution function between the two bounds.
+        normal = torch.distributions.Normal(1.0, 0.25)
+        low_B = normal.cdf(0.7 * fraction_B)
+        high = normal.cdf(torch.tensor(1.0))
+        ratio_B: Tensor = normal.icdf(low_B + (high - low_B) * uniform_B)
+        return ratio_B.clamp(0.0, 1.0)
+    raise ValueError(f"mask rule must be one of {MASK_RULES} or None, got {rule!r}")
+
+
+def sample_draws(
+    config: FARConfig,
+    batch: int,
+    *,
+    mask_rule: str | None = "paper",
+    batch_multiplier: int = 4,
+    label_dropout: float = 0.0,
+    level_per_image: bool = True,
+    generator: torch.Generator | None = None,
+) -> TrainingDraws:
+    """Draw levels, timesteps, noise, masks and dropped labels for one batch.
+
+    Args:
+        config: the model's sizes.
+        batch: B.
+        mask_rule: "paper", "official" or None (no masks).
+        batch_multiplier: M, times that each token's target is used with fresh t and noise.
+        label_dropout: probability of training an image without its label.
+        level_per_image: one level per image; False is the published one level per batch.
+        generator: CPU generator; None is PyTorch's own.
+    """
+    g = generator if generator is not None else torch.default_generator
+    length = config.num_tokens
+    level_B = torch.randint(config.num_levels, (batch if level_per_image else 1,), generator=g)
+    level_B = level_B.expand(batch)
+    mask_BL = None
+    if mask_rule is not None:
+        ratio_B = mask_ratio(level_B, config.num_levels, mask_rule, g)
+        count_B = torch.ceil(ratio_B * length)
+        rank_BL = torch.rand(batch, length, generator=g).argsort(dim=1).argsort(dim=1)
+        mask_BL = rank_BL < count_B[:, None]
+    rows = batch_multiplier * batch * length
+    return TrainingDraws(
+        level=level_B,
+        timestep=torch.randint(config.num_timesteps, (rows,), generator=g),
+        noise=torch.randn(rows, config.token_dim, generator=g),
+        mask=mask_BL,
+        dropped=torch.rand(batch, generator=g) < label_dropout if label_dropout > 0 else None,
+    )
+
+
+def level_weights(level_B: Tensor, num_levels: int) -> Tensor:
+    """w_i = 1 + sin(pi/2 * i / K): sharper levels count more (the paper's frequency-aware loss)."""
+    return 1.0 + torch.sin(math.pi / 2 * level_B.float() / num_levels)
+
+
+def _check(config: FARConfig, latents: Tensor, class_labels: Tensor, draws: TrainingDraws) -> None:
+    expected = (config.latent_channels, config.latent_size, config.latent_size)
+    if latents.ndim != 4 or tuple(latents.shape[1:]) != expected:
+        raise ValueError(
+            f"latents must be (B, {', '.join(map(str, expected))}) for this model, "
+            f"got {tuple(latents.shape)}"
+        )
+    batch, length = len(latents), config.num_tokens
+    if class_labels.shape != (batch,):
+        raise ValueError(
+            f"class_labels must be ({batch},) like the latents, got {tuple(class_labels.shape)}"
+        )
+    rows = len(draws.timestep)
+    if rows == 0 or rows % (batch * length):
+        raise ValueError(
+            f"draws.timestep has {rows} rows; give a multiple of B * L = {batch * length}"
+        )
+    if draws.noise.shape != (rows, config.token_dim):
+        raise ValueError(
+            f"draws.noise must be ({rows}, {config.token_dim}), got {tuple(draws.noise.shape)}"
+        )
+    if draws.mask is not None and draws.mask.shape != (batch, length):
+        raise ValueError(
+            f"draws.mask must be ({batch}, {length}), got {tuple(draws.mask.shape)}"
+        )
+    if len(draws.level) not in (1, batch):
+        raise ValueError(f"draws.level must hold 1 or {batch} levels, got {len(draws.level)}")
+    check_levels(draws.level, config.num_levels)
+
+
+def loss_per_image(
+    model: FAR, latents: Tensor, class_labels: Tensor, draws: TrainingDraws
+) -> Tensor:
+    """(B,) mean of the hybrid loss over all tokens of each image, masked or not, and all draws."""
+    config = model.config
+    _check(config, latents, class_labels, draws)
+    batch, device = len(latents), latents.device
+    level_B = draws.level.to(device).expand(batch)
+    mask_BL = None if draws.mask is None else draws.mask.to(device)
+    tokens_BLP = filter_mask_patchify(
+        latents,
+        level_B,
+        mask_BL,
+        patch_size=config.patch_size,
+        num_levels=config.num_levels,
+        kind=config.filter,
+    )
+    dropped_B = None if draws.dropped is None else draws.dropped.to(device)
+    class_BD = model.class_embedding(class_labels, dropped_B)
+    z_BLD = model(tokens_BLP, class_BD, mask_BL)
+
+    timestep_N, noise_NP = draws.timestep.to(device), draws.noise.to(latents)
+    multiplier = len(timestep_N) // (batch * config.num_tokens)
+    target_NP = patchify(latents, config.patch_size).flatten(0, 1).repeat(multiplier, 1)
+    noised_NP = add_noise(target_NP, noise_NP, timestep_N, config.num_timesteps)
+    z_ND = z_BLD.flatten(0, 1).repeat(multiplier, 1)
+    level_N = level_B.repeat_interleave(config.num_tokens).repeat(multiplier)
+    output_N2P = model.head(noised_NP, timestep_N, z_ND, level_N)
+    loss_N = hybrid_loss(
+        output_N2P,
+        target_NP,
+        noise_NP,
+        noised_NP,
+        timestep_N,
+        num_timesteps=config.num_timesteps,
+    )
+    return loss_N.view(multiplier, batch, -1).mean(dim=(0, 2))
+
+
+def diffusion_loss(
+    model: FAR,
+    latents: Tensor,
+    class_labels: Tensor,
+    draws: TrainingDraws | None = None,
+    level_weight: str | None = None,
+) -> Tensor:
+    """Training loss of one batch: mean_b w(level_b) * mean over tokens of the hybrid loss.
+
+    The input is the masked, low-passed latent; the target is the clean latent at every token,
+    masked or not, each repeated with fresh t and noise for one condition.
+
+    Args:
+        model: in train mode it drops features (and, with draws=None, a tenth of the labels).
+        latents: (B, C, H, H) clean, scaled latents.
+        class_labels: (B,) int64.
+        draws: injected random numbers; None draws them by `sample_draws` (paper's mask rule,
+            one level per image, batch multiplier 4).
+        level_weight: None for 1, or "sine" for w_i = 1 + sin(pi/2 * i / K).
+
+    Returns:
+        scalar, float32 (float64 for float64 latents).
+
+    Raises:
+        ValueError: shapes do not fit the model, a level is out of range, unknown level_weight.
+
+    Source: FAR, arXiv 2503.05305, section 3.3.
+    """
+    if level_weight is not None and level_weight not in LEVEL_WEIGHTS:
+        raise ValueError(f"level_weight must be None or one of {LEVEL_WEIGHTS}, got {level_weight!r}")
+    if draws is None:
+        dropout = 0.1 if model.training else 0.0
+        draws = sample_draws(model.config, len(latents), label_dropout=dropout)
+    loss_B = loss_per_image(model, latents, class_labels, draws)
+    if level_weight == "sine":
+        weight_B = level_weights(draws.level, model.config.num_levels)
+        loss_B = loss_B * weight_B.to(loss_B)
+    return loss_B.mean()

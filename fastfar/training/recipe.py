@@ -1,0 +1,128 @@
+"""A training run as data: everything that decides what comes out, in one JSON file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from fastfar.config import FARConfig
+from fastfar.training.loss import LEVEL_WEIGHTS, MASK_RULES
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Hyper-parameters of a training run.
+
+    The learning rate rises over `warmup_steps`, stays, and falls linearly to zero over the last
+    `decay_share` of the steps.
+
+    Attributes:
+        model: preset name or the entries of a FARConfig.
+        data: name of the data set ("fashion_mnist").
+        steps, batch_size, batch_multiplier: optimiser steps, images and head rows per token.
+        lr, betas, weight_decay, clip: AdamW and gradient clipping (norm); biases, norms and the
+            head are not decayed.
+        mask_rule, level_per_image, level_weight, label_dropout: see `sample_draws` and
+            `diffusion_loss`.
+        ema_decay: with warm-up min(decay, (1 + n) / (10 + n)).
+        dtype: "auto" (bfloat16 autocast where the machine has it), "bfloat16" or "float32".
+        seed: with the step number it decides every draw, so a resumed run repeats nothing.
+
+    Raises:
+        ValueError: an entry is unknown or out of range.
+
+    Source: FAR, arXiv 2503.05305, section 4.1, for the defaults.
+    """
+
+    model: str | dict[str, Any] = "demo"
+    data: str = "fashion_mnist"
+    steps: int = 20000
+    batch_size: int = 64
+    batch_multiplier: int = 4
+    lr: float = 1e-4
+    warmup_steps: int = 500
+    decay_share: float = 0.2
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.02
+    clip: float = 3.0
+    mask_rule: str | None = "paper"
+    level_per_image: bool = True
+    level_weight: str | None = None
+    label_dropout: float = 0.1
+    ema_decay: float = 0.9999
+    dtype: str = "auto"
+    compile: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))
+        for name in ("steps", "batch_size", "batch_multiplier"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("lr", "clip"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be positive, got {value}")
+        for name in ("decay_share", "label_dropout", "ema_decay"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        choices: dict[str, tuple[Any, ...]] = {
+            "data": ("fashion_mnist",),
+            "mask_rule": (*MASK_RULES, None),
+            "level_weight": (*LEVEL_WEIGHTS, None),
+            "dtype": ("auto", "bfloat16", "float32"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+
+    @property
+    def config(self) -> FARConfig:
+        """The model's sizes."""
+        if isinstance(self.model, str):
+            return FARConfig.preset(self.model)
+        return FARConfig.from_dict(self.model)
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of optimiser step `step` (0-based)."""
+        warm = min(1.0, (step + 1) / max(self.warmup_steps, 1))
+        decay_steps = max(round(self.steps * self.decay_share), 1)
+        cool = min(1.0, (self.steps - step) / decay_steps) if self.decay_share > 0 else 1.0
+        return self.lr * warm * max(cool, 0.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """Inverse of `to_dict`; an unknown name is a ValueError."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"unknown recipe entries {unknown}; known are {sorted(known)}")
+        return cls(**values)
+
+    @classmethod
+    def load(cls, name_or_path: str | Path) -> Recipe:
+        """A committed recipe by name ("demo"), or a JSON file by path."""
+        path = Path(name_or_path)
+        if path.suffix == ".json":
+            text = path.read_text()
+        else:
+            folder = resources.files("fastfar.training") / "recipes"
+            names = sorted(p.name[: -len(".json")] for p in folder.iterdir())
+            if str(name_or_path) not in names:
+                raise ValueError(
+                    f"no recipe {str(name_or_path)!r}; there are {names}, or give a .json file"
+                )
+            text = (folder / f"{name_or_path}.json").read_text()
+        try:
+            return cls.from_dict(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from error
