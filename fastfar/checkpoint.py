@@ -322,7 +322,7 @@ def _from_hub(name: str) -> Path:
     except ImportError as error:
         raise ImportError(
             f"there is no folder {name!r}, and to fetch it from the Hugging Face hub the package "
-            "huggingface_hub is needed: pip install huggingface_hub"
+            "huggingface_hub is needed: pip install 'fastfar[hub]'"
         ) from error
     files = [CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE]
     try:

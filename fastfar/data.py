@@ -55,8 +55,8 @@ class ImageDataset:
     def num_classes(self) -> int:
         return len(self.class_names)
 
-    def balanced(self, count: int, seed: int = 0) -> ImageDataset:
-        """``count`` random images, none twice, as equally many per class as ``count`` allows.
+    def balanced_rows(self, count: int, seed: int = 0) -> Tensor:
+        """Row numbers (count,) of random images, none twice, as equally many per class as can be.
 
         Deterministic in ``seed``.  Raises ValueError where a class has too few images.
         """
@@ -72,8 +72,12 @@ class ImageDataset:
                     f"({self.class_names[label]!r}), but there are {len(rows)}: ask for fewer"
                 )
             picked.append(rows[torch.randperm(len(rows), generator=generator)[:number]])
-        index = torch.cat(picked)
-        return ImageDataset(self.images[index], self.labels[index], self.class_names)
+        return torch.cat(picked)
+
+    def balanced(self, count: int, seed: int = 0) -> ImageDataset:
+        """The images of ``balanced_rows``."""
+        rows = self.balanced_rows(count, seed)
+        return ImageDataset(self.images[rows], self.labels[rows], self.class_names)
 
 
 def balanced_labels(count: int, num_classes: int = len(CLASS_NAMES)) -> Tensor:

@@ -36,8 +36,6 @@ class SamplingPlan:
         mask_ratios: share of masked tokens at the input of each step, floor(L * ratio) of them;
             entry 0 is 1. None samples without masks.
         x0_range: bounds for the predicted clean token at every diffusion step, None as published.
-        keep_history: tokens that are not masked and were not just revealed keep their former
-            value (text-to-image) instead of zero.
 
     Raises:
         ValueError: an entry is missing, out of range or not finite; the text says which.
@@ -53,7 +51,6 @@ class SamplingPlan:
     diffusion_steps: tuple[int, ...]
     mask_ratios: tuple[float, ...] | None = None
     x0_range: tuple[float, float] | None = None
-    keep_history: bool = False
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -175,7 +172,6 @@ class SamplingPlan:
             ),
             diffusion_steps=(diffusion_steps,) * n,
             mask_ratios=cosine_mask_ratios(n) if masked else None,
-            keep_history=mode == "t2i",
         )
 
     @classmethod

@@ -105,6 +105,7 @@ def draw_samples(
     """
     if batch_size < 1:
         raise ValueError(f"the batch size is {batch_size}: it must be at least 1")
+    check_seed(seed)
     labels_B = balanced_labels(count)
     images_BHW, there_B = store.read(count)
     missing = torch.nonzero(~there_B).flatten().tolist()
@@ -113,8 +114,8 @@ def draw_samples(
     position = 0
     while position < len(missing):
         start = missing[position]
-        rows = [r for r in missing[position : position + batch_size] if r - start < batch_size]
-        rows = [r for offset, r in enumerate(rows) if r == start + offset]
+        block = missing[position : position + batch_size]
+        rows = [row for offset, row in enumerate(block) if row == start + offset]  # no gap in it
         result = pipeline(
             labels_B[rows].tolist(),
             generator=[image_generator(seed, row) for row in rows],
@@ -130,6 +131,12 @@ def draw_samples(
         if progress is not None:
             progress(count - len(missing) + position, count)
     return images_BHW, labels_B, len(missing)
+
+
+def check_seed(seed: int) -> None:
+    """ValueError for a seed outside 0..2**31 - 1."""
+    if not 0 <= seed < 2**31:
+        raise ValueError(f"the seed is {seed}: it must lie in 0..{2**31 - 1}")
 
 
 def image_generator(seed: int, image: int) -> torch.Generator:

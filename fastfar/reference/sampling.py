@@ -33,8 +33,6 @@ class Plan(Protocol):
     def mask_ratios(self) -> Sequence[float] | None: ...
     @property
     def x0_range(self) -> tuple[float, float] | None: ...
-    @property
-    def keep_unmasked_history(self) -> bool: ...
 
 
 class Noise(Protocol):
@@ -64,6 +62,7 @@ def sample_latents(
     patch_size: int = 1,
     num_levels: int = 16,
     kind: str = "area_bicubic",
+    num_timesteps: int = 1000,
     on_level: Callable[[int, Tensor], object] | None = None,
 ) -> Tensor:
     """Latents (B, C, latent_size, latent_size) from coarse to fine, as the published code samples.
@@ -92,7 +91,7 @@ def sample_latents(
                 level_B = torch.full_like(
                     class_labels_B, NOT_FILTERED if input_level is None else input_level
                 )
-                new_BLP = filter_mask_patchify(
+                tokens_BLP = filter_mask_patchify(
                     latent_BCHW,
                     level_B,
                     mask_BL,
@@ -100,9 +99,6 @@ def sample_latents(
                     num_levels=num_levels,
                     kind=kind,
                 )
-                if plan.keep_unmasked_history and mask_BL is not None:
-                    new_BLP = torch.where(mask_BL.unsqueeze(-1), tokens_BLP, new_BLP)
-                tokens_BLP = new_BLP
             mask_2BL = None if mask_BL is None else mask_BL.repeat(2, 1)
             z_2BLD = condition(
                 params, tokens_BLP.repeat(2, 1, 1), mask_2BL, class_2BD, num_heads=num_heads
@@ -116,6 +112,7 @@ def sample_latents(
                 guidance_scale=plan.guidance_scales[step],
                 temperature=plan.temperatures[step],
                 x0_range=plan.x0_range,
+                num_timesteps=num_timesteps,
             )
             x_BLP = x_NP.reshape(batch, num_tokens, token_dim)
             latent_BCHW = unpatchify(x_BLP, patch_size, latent_size)
