@@ -97,10 +97,15 @@ def add_noise(x0_NP: Tensor, noise_NP: Tensor, timestep_N: Tensor, num_timesteps
     return signal_N1 * x0_NP + sigma_N1 * noise_NP
 
 
-def timestep_embedding(timestep_N: Tensor, width: int = 256) -> Tensor:
-    """(N,) -> (N, width) float32: cosines, then sines, of t * 10000 ** (-i / (width / 2))."""
+def timestep_embedding(
+    timestep_N: Tensor, width: int = 256, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """(N,) -> (N, width) in `dtype`: cosines, then sines, of t * 10000 ** (-i / (width / 2)).
+
+    The angles reach 1000, so they need float32 at least.
+    """
     half = width // 2
-    index = torch.arange(half, dtype=torch.float32, device=timestep_N.device)
+    index = torch.arange(half, dtype=dtype, device=timestep_N.device)
     frequency = torch.exp(index * (-math.log(10000.0) / half))
-    angle = timestep_N.float()[:, None] * frequency
+    angle = timestep_N.to(dtype)[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=-1)

@@ -29,9 +29,18 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, timestep_N: Tensor) -> Tensor:
-        features = timestep_embedding(timestep_N, TIME_FEATURES)
-        out: Tensor = self.mlp(features.to(self.mlp[0].weight.dtype))
+        dtype = _linear(self.mlp, 0).weight.dtype
+        exact = torch.promote_types(dtype, torch.float32)
+        features = timestep_embedding(timestep_N, TIME_FEATURES, exact)
+        out: Tensor = self.mlp(features.to(dtype))
         return out
+
+
+def _linear(layers: nn.Sequential, index: int) -> nn.Linear:
+    """Layer `index`, known to be linear."""
+    layer = layers[index]
+    assert isinstance(layer, nn.Linear)
+    return layer
 
 
 def _modulation(width: int, count: int) -> nn.Sequential:
@@ -48,6 +57,7 @@ class ResBlock(nn.Module):
         self.adaLN_modulation = _modulation(width, 3)
 
     def forward(self, x_NW: Tensor, condition_NW: Tensor) -> Tensor:
+        fc1, fc2 = _linear(self.mlp, 0), _linear(self.mlp, 2)
         shift_NW, scale_NW, gate_NW = self.adaLN_modulation(condition_NW).chunk(3, dim=-1)
         return adaln_mlp_block(
             x_NW,
@@ -56,10 +66,10 @@ class ResBlock(nn.Module):
             gate_NW,
             self.in_ln.weight,
             self.in_ln.bias,
-            self.mlp[0].weight,
-            self.mlp[0].bias,
-            self.mlp[2].weight,
-            self.mlp[2].bias,
+            fc1.weight,
+            fc1.bias,
+            fc2.weight,
+            fc2.bias,
             eps=EPS,
         )
 
@@ -111,13 +121,13 @@ class DenoisingMLP(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Xavier for linear layers, small normal for the time MLP, zero for every gate and output."""
+        """Xavier for linear layers, small normal for the time MLP, zero for gates and output."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.normal_(self.time_embed.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.time_embed.mlp[2].weight, std=0.02)
+        nn.init.normal_(_linear(self.time_embed.mlp, 0).weight, std=0.02)
+        nn.init.normal_(_linear(self.time_embed.mlp, 2).weight, std=0.02)
         for layer in [*self.res_blocks, self.final_layer]:
             nn.init.zeros_(layer.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)

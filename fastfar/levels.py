@@ -35,7 +35,8 @@ def _fourier_matrix(size: int, level: int, num_levels: int) -> Tensor:
     frequency_H = torch.fft.fftfreq(size, 1.0 / size, dtype=torch.float64).abs()
     kept_H = (frequency_H <= level * size / (2 * num_levels)).to(torch.float64)
     identity = torch.eye(size, dtype=torch.float64)
-    return torch.fft.ifft(kept_H[:, None] * torch.fft.fft(identity, dim=0), dim=0).real
+    matrix: Tensor = torch.fft.ifft(kept_H[:, None] * torch.fft.fft(identity, dim=0), dim=0).real
+    return matrix
 
 
 _MATRIX = {"area_bicubic": _area_bicubic_matrix, "fourier": _fourier_matrix}
@@ -70,7 +71,7 @@ def check_levels(level_B: Tensor, num_levels: int) -> None:
     """ValueError unless every level is an integer in -1..num_levels (-1: not filtered)."""
     if level_B.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"levels must be an integer tensor, got {level_B.dtype}")
-    if level_B.numel() and not (-1 <= int(level_B.min()) and int(level_B.max()) <= num_levels):
+    if level_B.numel() and not (int(level_B.min()) >= -1 and int(level_B.max()) <= num_levels):
         raise ValueError(
             f"levels must lie in 0..{num_levels} (or -1 for 'not filtered'), "
             f"got {sorted(set(level_B.tolist()))}"

@@ -59,9 +59,18 @@ class TensorNoise:
         self._initial, self._step, self._order = initial, step, order
 
     def initial(self, step: int) -> Tensor:
+        self._check_step(step)
         return self._initial[step]
 
+    def _check_step(self, step: int) -> None:
+        if not 0 <= step < len(self._initial):
+            raise ValueError(
+                f"no noise for outer step {step}: this TensorNoise holds {len(self._initial)}; "
+                "give one entry per outer step of the plan"
+            )
+
     def steps(self, step: int, count: int) -> Tensor:
+        self._check_step(step)
         noise_TNP = self._step[step]
         if len(noise_TNP) < count:
             raise ValueError(
@@ -116,6 +125,48 @@ class SeededNoise:
         length = self._shape[0]
         orders = [self._generator(key, 0).permutation(length) for key in self._keys]
         return torch.from_numpy(np.stack(orders))
+
+
+class CheckedNoise:
+    """A noise source of the user's, with every answer checked against the run that it is for.
+
+    Args:
+        source: what is asked.
+        batch, num_tokens, token_dim: B, L and P of the run.
+
+    Raises:
+        ValueError: an answer has another shape, or the order is not one permutation per image.
+    """
+
+    def __init__(self, source: NoiseSource, batch: int, num_tokens: int, token_dim: int) -> None:
+        self._source = source
+        self._rows = (batch * num_tokens, token_dim)
+        self._order = (batch, num_tokens)
+
+    def initial(self, step: int) -> Tensor:
+        return self._checked(self._source.initial(step), self._rows, f"initial({step})")
+
+    def steps(self, step: int, count: int) -> Tensor:
+        noise_TNP = self._source.steps(step, count)
+        return self._checked(noise_TNP, (count, *self._rows), f"steps({step}, {count})")
+
+    def order(self) -> Tensor:
+        order_BL = self._checked(self._source.order(), self._order, "order()")
+        counted_L = torch.arange(self._order[1], device=order_BL.device)
+        if not bool((order_BL.sort(dim=1).values == counted_L).all()):
+            raise ValueError(
+                f"noise.order() must hold every number of 0..{self._order[1] - 1} once per image"
+            )
+        return order_BL.long()
+
+    @staticmethod
+    def _checked(answer: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
+        if tuple(answer.shape) != shape:
+            raise ValueError(
+                f"noise.{name} has shape {tuple(answer.shape)}, this run needs {shape} "
+                "(N = images * tokens rows, P numbers per token)"
+            )
+        return answer
 
 
 def seeded_noise(

@@ -16,7 +16,7 @@ from fastfar import backend as backends
 from fastfar import reference
 from fastfar.levels import unpatchify
 from fastfar.model import FAR
-from fastfar.noise import NoiseSource, seeded_noise
+from fastfar.noise import CheckedNoise, NoiseSource, seeded_noise
 from fastfar.ops import denoise_loop, filter_mask_patchify, use_backend
 from fastfar.plan import SamplingPlan
 
@@ -53,8 +53,8 @@ def sample_latents(
         (B, C, H, H) float32 (float64 if that is the compute dtype), on the model's device.
 
     Raises:
-        ValueError: a label out of range, an empty list, a plan beyond the model's levels, a back
-            end that is not available, an unusable dtype.
+        ValueError: a label out of range, an empty list, a plan beyond the model's levels, noise
+            of another shape, a back end that is not available, an unusable dtype.
         TypeError: labels or plan of the wrong type.
     """
     labels_B = check_labels(class_labels, model.config.num_classes).to(_device(model))
@@ -66,9 +66,8 @@ def sample_latents(
         dtype = backends.best_dtype(name, labels_B.device)
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {DTYPES}, got {dtype}")
-    if noise is None:
-        config = model.config
-        noise = seeded_noise(generator, len(labels_B), config.num_tokens, config.token_dim)
+    shape = (len(labels_B), model.config.num_tokens, model.config.token_dim)
+    noise = seeded_noise(generator, *shape) if noise is None else CheckedNoise(noise, *shape)
     model = _in_dtype(model, dtype)
     with torch.inference_mode():
         if name == "reference":

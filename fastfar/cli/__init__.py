@@ -1,4 +1,4 @@
-"""The command `fastfar`. Each subcommand is a module with `add_parser` and `run`, imported on use."""
+"""The command `fastfar`; each subcommand is a module with `add_parser` and `run`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser(arguments).parse_args(arguments)
     try:
         return int(args.run(args))
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"fastfar {args.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

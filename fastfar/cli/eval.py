@@ -31,6 +31,7 @@ from fastfar.evaluation import (
     save_classifier,
     train_classifier,
 )
+from fastfar.evaluation.classifier import LEARNING_RATE, MAX_SHIFT, WEIGHT_DECAY
 from fastfar.evaluation.evaluate import NEIGHBOURS
 from fastfar.evaluation.samples import check_seed, weights_fingerprint
 
@@ -267,6 +268,9 @@ def _train(args: argparse.Namespace) -> int:
         "data": f"Fashion-MNIST, train split, {len(train)} images",
         "epochs": args.epochs,
         "batch_size": args.batch_size,
+        "learning_rate": LEARNING_RATE,
+        "weight_decay": WEIGHT_DECAY,
+        "max_shift": MAX_SHIFT,
         "seed": args.seed,
         "dtype": args.dtype,
         "loss_per_epoch": losses,

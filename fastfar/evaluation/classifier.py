@@ -27,6 +27,7 @@ from fastfar.data import IMAGE_SIZE, ImageDataset, to_float
 ASSET_FOLDER = Path(__file__).resolve().parent.parent / "assets" / "evaluator"
 FORMAT, FORMAT_VERSION = "fastfar-evaluator", 1
 DEFAULT_WIDTHS = (32, 64, 128, 256)
+LEARNING_RATE, WEIGHT_DECAY, MAX_SHIFT = 4e-3, 0.05, 1
 
 
 class FashionClassifier(nn.Module):
@@ -87,9 +88,9 @@ def train_classifier(
     *,
     epochs: int = 7,
     batch_size: int = 128,
-    learning_rate: float = 4e-3,
-    weight_decay: float = 0.05,
-    max_shift: int = 1,
+    learning_rate: float = LEARNING_RATE,
+    weight_decay: float = WEIGHT_DECAY,
+    max_shift: int = MAX_SHIFT,
     seed: int = 0,
     dtype: torch.dtype = torch.bfloat16,
     on_epoch: Callable[[int, float], None] | None = None,

@@ -20,6 +20,20 @@ def _block_names(head: Mapping[str, Tensor]) -> list[str]:
     return [f"res_blocks.{i}." for i in range(depth)]
 
 
+def _check(condition_MD: Tensor, initial_NP: Tensor, noise_TNP: Tensor) -> None:
+    rows = len(initial_NP)
+    if len(condition_MD) not in (rows, 2 * rows):
+        raise ValueError(
+            f"condition has {len(condition_MD)} rows for {rows} tokens; give {rows}, or "
+            f"{2 * rows} with the conditional rows first"
+        )
+    if noise_TNP.shape[1:] != initial_NP.shape:
+        raise ValueError(
+            f"noise must be (T, N, P) with (N, P) = {tuple(initial_NP.shape)} of the start noise, "
+            f"got {tuple(noise_TNP.shape)}"
+        )
+
+
 @op
 def denoise_loop(
     head: Mapping[str, Tensor],
@@ -57,9 +71,13 @@ def denoise_loop(
     Returns:
         (N, P), float32 (float64 for float64 noise).
 
+    Raises:
+        ValueError: condition or noise does not have the rows of `initial_NP`.
+
     Source: published code of FAR and MAR; improved DDPM, arXiv 2102.09672.
     """
     rows = len(initial_NP)
+    _check(condition_MD, initial_NP, noise_TNP)
     guided = len(condition_MD) == 2 * rows and guidance_scale != 1.0
     condition = condition_MD if guided else condition_MD[:rows]
     dtype = head["input_proj.weight"].dtype
@@ -71,7 +89,9 @@ def denoise_loop(
 
     # Hoisted: the condition of every row, the time embedding of every step, one modulation matrix.
     timesteps = tables.timestep.to(initial_NP.device)
-    time_TW = linear("time_embed.mlp.0", timestep_embedding(timesteps).to(dtype))
+    exact = torch.promote_types(dtype, torch.float32)
+    features_TF = timestep_embedding(timesteps, dtype=exact).to(dtype)
+    time_TW = linear("time_embed.mlp.0", features_TF)
     time_TW = linear("time_embed.mlp.2", F.silu(time_TW))
     level_11 = torch.full((1, 1), float(level), dtype=dtype, device=initial_NP.device)
     base_MW = linear("cond_embed", condition.to(dtype)) + linear("index_cond_embed", level_11)
@@ -86,7 +106,7 @@ def denoise_loop(
     for i in range(len(tables)):
         t = len(tables) - 1 - i
         modulations = F.linear(F.silu(base_MW + time_TW[t]), modulation_weight, modulation_bias)
-        parts = iter(modulations.split(width, dim=-1))
+        parts = iter(modulations.view(len(modulations), -1, width).unbind(dim=1))
         h_MW = linear("input_proj", x_NP.to(dtype))
         if guided:
             h_MW = torch.cat([h_MW, h_MW])

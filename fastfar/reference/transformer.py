@@ -12,13 +12,16 @@ from torch import Tensor
 LAYERNORM_EPS = 1e-6
 
 
-def attention(qkv_BS3HE: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(E)) v, every position attends to every position.
+def attention(qkv_BS3HE: Tensor, key_mask_BS: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(E)) v, every position attends to every position (with a True key mask).
 
-    qkv_BS3HE: float (B, S, 3, H, E). Returns (B, S, H * E), head after head.
+    qkv_BS3HE: float (B, S, 3, H, E). key_mask_BS: bool, or None for all True. Returns (B, S, H *
+    E), head after head.
     """
     q_BHSE, k_BHSE, v_BHSE = qkv_BS3HE.permute(2, 0, 3, 1, 4).unbind(0)
     score_BHSS = q_BHSE @ k_BHSE.transpose(-1, -2) / math.sqrt(q_BHSE.shape[-1])
+    if key_mask_BS is not None:
+        score_BHSS = score_BHSS.masked_fill(~key_mask_BS[:, None, None], -math.inf)
     out_BHSE = torch.softmax(score_BHSS, dim=-1) @ v_BHSE
     return out_BHSE.transpose(1, 2).flatten(2)
 
@@ -31,20 +34,21 @@ def layernorm_attention_residual(
     qkv_bias: Tensor,
     proj_weight: Tensor,
     proj_bias: Tensor,
+    key_mask_BS: Tensor | None = None,
     *,
     num_heads: int,
     eps: float = LAYERNORM_EPS,
 ) -> Tensor:
     """x + proj(attention(qkv(LN(x)))): the first half of a pre-norm ViT block.
 
-    x_BSD: float. qkv_weight: (3 D, D), rows q then k then v. proj_weight: (D, D). Returns (B, S,
-    D).
+    x_BSD: float. qkv_weight: (3 D, D), rows q then k then v. proj_weight: (D, D). key_mask_BS: see
+    `attention`. Returns (B, S, D).
     """
     batch, length, width = x_BSD.shape
     h_BSD = F.layer_norm(x_BSD, (width,), norm_weight, norm_bias, eps)
     qkv = F.linear(h_BSD, qkv_weight, qkv_bias)
     qkv_BS3HE = qkv.reshape(batch, length, 3, num_heads, width // num_heads)
-    return x_BSD + F.linear(attention(qkv_BS3HE), proj_weight, proj_bias)
+    return x_BSD + F.linear(attention(qkv_BS3HE, key_mask_BS), proj_weight, proj_bias)
 
 
 def layernorm_mlp_residual(

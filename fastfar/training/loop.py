@@ -131,7 +131,7 @@ class Trainer:
         with torch.autocast("cpu", self.dtype, enabled=self.dtype is not torch.float32):
             latents = self.tokenizer.to_latents(images)
             loss = self.loss(self.model, latents, labels, draws, recipe.level_weight)
-        loss.backward()
+        torch.autograd.backward(loss)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
         finite = bool(torch.isfinite(norm))
         if finite:
@@ -281,7 +281,8 @@ class Trainer:
 
 def _adamw(model: FAR, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW without weight decay on biases, norms, embeddings of one row and the head."""
-    decayed, free = [], []
+    decayed: list[Tensor] = []
+    free: list[Tensor] = []
     for name, parameter in model.named_parameters():
         plain = parameter.ndim < 2 or name.startswith("diffloss.") or name.endswith(".bias")
         (free if plain else decayed).append(parameter)

@@ -54,11 +54,9 @@ def mask_ratio(level_B: Tensor, num_levels: int, rule: str, generator: torch.Gen
         lowest_B = 0.7 * (1.0 - level_B.float() / max(num_levels - 1, 1)).clamp(min=0.0)
         return lowest_B + (1.0 - lowest_B) * uniform_B
     if rule == "official":
-        # Inverse of the normal distribution function between the two bounds.
-        normal = torch.distributions.Normal(1.0, 0.25)
-        low_B = normal.cdf(0.7 * fraction_B)
-        high = normal.cdf(torch.tensor(1.0))
-        ratio_B: Tensor = normal.icdf(low_B + (high - low_B) * uniform_B)
+        # Inverse of the normal distribution function, between its values at the two bounds.
+        low_B = torch.special.ndtr((0.7 * fraction_B - 1.0) / 0.25)
+        ratio_B: Tensor = 1.0 + 0.25 * torch.special.ndtri(low_B + (0.5 - low_B) * uniform_B)
         return ratio_B.clamp(0.0, 1.0)
     raise ValueError(f"mask rule must be one of {MASK_RULES} or None, got {rule!r}")
 
@@ -207,7 +205,9 @@ def diffusion_loss(
     Source: FAR, arXiv 2503.05305, section 3.3.
     """
     if level_weight is not None and level_weight not in LEVEL_WEIGHTS:
-        raise ValueError(f"level_weight must be None or one of {LEVEL_WEIGHTS}, got {level_weight!r}")
+        raise ValueError(
+            f"level_weight must be None or one of {LEVEL_WEIGHTS}, got {level_weight!r}"
+        )
     if draws is None:
         dropout = 0.1 if model.training else 0.0
         draws = sample_draws(model.config, len(latents), label_dropout=dropout)

@@ -45,7 +45,7 @@ inline uint16_t to_bf16(float value) {
   return static_cast<uint16_t>((bits + 0x7fffU + ((bits >> 16) & 1U)) >> 16);
 }
 
-#if defined(__AMX_BF16__)
+#if defined(__AMX_BF16__) || defined(__AMXBF16__)  // gcc and new clang, old clang
 
 constexpr int32_t kIsa = FASTFAR_ISA_AMX;
 
