@@ -64,7 +64,7 @@ class NativeLibrary:
                 f"{path} has interface version {version}, this fastfar needs {ABI_VERSION}; "
                 "reinstall fastfar"
             )
-        self._names = [
+        self._names: list[str] = [
             self._c.fastfar_isa_name(isa).decode() for isa in range(self._c.fastfar_isa_count())
         ]
 
@@ -79,7 +79,8 @@ class NativeLibrary:
     @property
     def selected(self) -> str:
         """The instruction set that operations run on."""
-        return self._names[self._c.fastfar_isa_selected()]
+        isa: int = self._c.fastfar_isa_selected()
+        return self._names[isa]
 
     def select(self, name: str) -> str:
         """Run all later operations of this process on `name`, or on the best set for "auto".

@@ -89,7 +89,18 @@ def low_pass(
 
     Returns:
         (B, C, H, H), dtype of the input.
+
+    Raises:
+        ValueError: a level out of range (looked at on the CPU only: elsewhere it would wait for
+            the device), or not one level per image.
     """
+    if level_B.shape != latent_BCHH.shape[:1]:
+        raise ValueError(
+            f"level_B must hold one level for each of the {len(latent_BCHH)} images, "
+            f"got shape {tuple(level_B.shape)}"
+        )
+    if level_B.device.type == "cpu":
+        check_levels(level_B, num_levels)
     size = latent_BCHH.shape[-1]
     table = filter_matrices(size, num_levels, kind).to(latent_BCHH.device, latent_BCHH.dtype)
     # Level -1 indexes the last matrix, the identity.
@@ -100,6 +111,8 @@ def low_pass(
 def patchify(latent_BCHH: Tensor, patch_size: int) -> Tensor:
     """(B, C, H, H) -> (B, L, C * p * p); tokens row by row, numbers as (channel, row, column)."""
     batch, channels, size, _ = latent_BCHH.shape
+    if size % patch_size:
+        raise ValueError(f"a latent of {size} x {size} does not split into patches of {patch_size}")
     grid = size // patch_size
     x = latent_BCHH.reshape(batch, channels, grid, patch_size, grid, patch_size)
     return x.permute(0, 2, 4, 1, 3, 5).reshape(batch, grid * grid, channels * patch_size**2)

@@ -1,42 +1,34 @@
-"""Figures of quality: the metrics against closed forms, the evaluator, and resumable sampling."""
+"""Figures of quality: the metrics against closed forms, the evaluator, floor and ceilings."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from idx import write_fashion_mnist
-from PIL import Image
 
 import fastfar
-from fastfar import cli
-from fastfar.data import ImageDataset, balanced_labels, load_fashion_mnist
+from fastfar.data import ImageDataset, load_fashion_mnist
 from fastfar.evaluation import (
     METRIC,
     FashionClassifier,
     FeatureStatistics,
     Judge,
-    SampleStore,
     accuracy,
     class_agreement,
     comparisons,
-    draw_samples,
     evaluate,
     extract,
     frechet_distance,
     load_classifier,
-    load_images,
     precision_recall,
     save_classifier,
     train_classifier,
 )
-from fastfar.evaluation.samples import image_generator, unit_to_uint8, weights_fingerprint
-from fastfar.plan import SamplingPlan
 
 
 def gaussian(mean: Any, covariance: Any) -> FeatureStatistics:
@@ -177,26 +169,41 @@ def test(files: Path) -> ImageDataset:
     return load_fashion_mnist("test", files)
 
 
+SMALL = (8, 8, 8, 16)
+
+
+def learn(train: ImageDataset, seed: int, losses: list[float]) -> FashionClassifier:
+    return train_classifier(
+        train,
+        epochs=6,
+        batch_size=16,
+        learning_rate=1e-2,
+        seed=seed,
+        max_shift=0,
+        dtype=torch.float32,
+        widths=SMALL,
+        on_epoch=lambda epoch, loss: losses.append(loss),
+    )
+
+
+@pytest.fixture(scope="module")
+def evaluator(train: ImageDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small evaluator of the synthetic data."""
+    folder = tmp_path_factory.mktemp("evaluator")
+    save_classifier(learn(train, 1, []), folder, {})
+    return folder
+
+
 def test_training_learns_and_repeats(train: ImageDataset, test: ImageDataset) -> None:
     losses: list[float] = []
 
-    def learn(seed: int) -> FashionClassifier:
-        return train_classifier(
-            train,
-            epochs=6,
-            batch_size=32,
-            seed=seed,
-            max_shift=0,
-            dtype=torch.float32,
-            on_epoch=lambda epoch, loss: losses.append(loss),
-        )
-
     state = torch.random.get_rng_state()
-    model = learn(1)
+    model = learn(train, 1, losses)
     assert torch.equal(state, torch.random.get_rng_state()), "the global generator was moved"
     assert len(losses) == 6 and losses[-1] < 0.5 * losses[0]
     assert accuracy(model, test) > 0.5, "no better than guessing: chance is 0.1"
-    assert losses[:6] == (learn(1) and losses[6:])
+    learn(train, 1, losses)
+    assert losses[:6] == losses[6:]
 
 
 def test_shifts_move_whole_images() -> None:
@@ -275,175 +282,6 @@ def test_the_embedded_evaluator() -> None:
     assert accuracy(model, part) > 0.90
 
 
-# --- where samples come from -----------------------------------------------------------------
-
-
-class StandIn:
-    """A pipeline whose images depend on label and generator alone; stops after `limit` calls."""
-
-    def __init__(self, limit: int | None = None) -> None:
-        self.model = torch.nn.Linear(2, 2)
-        torch.nn.init.ones_(self.model.weight)
-        torch.nn.init.zeros_(self.model.bias)
-        self.plan = SamplingPlan.official()
-        self.limit, self.batches, self.calls = limit, list[int](), list[dict[str, Any]]()
-
-    def __call__(
-        self,
-        class_labels: list[int],
-        *,
-        generator: list[torch.Generator],
-        output_type: str,
-        **call: Any,
-    ) -> Any:
-        assert output_type == "pt" and len(class_labels) == len(generator)
-        if self.limit == len(self.batches):
-            raise KeyboardInterrupt
-        self.batches.append(len(class_labels))
-        self.calls.append(call)
-        images = [torch.rand((1, 32, 32), generator=g) for g in generator]
-        return SimpleNamespace(
-            images=torch.stack(images) * torch.tensor(class_labels).view(-1, 1, 1, 1) / 9
-        )
-
-
-def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
-    run = {"weights": "abc", "plan": {"levels": (0, 2)}}
-    whole, labels, new = draw_samples(
-        StandIn(), 37, SampleStore(tmp_path / "a", run), batch_size=37
-    )
-    assert new == 37 and torch.equal(labels, balanced_labels(37))
-    assert whole.dtype == torch.uint8 and whole.shape == (37, 32, 32)
-
-    with pytest.raises(KeyboardInterrupt):
-        draw_samples(StandIn(limit=2), 37, SampleStore(tmp_path / "b", run), batch_size=10)
-    seen: list[tuple[int, int]] = []
-    again = StandIn()
-    resumed, _, new = draw_samples(
-        again,
-        37,
-        SampleStore(tmp_path / "b", run),
-        batch_size=7,
-        progress=lambda done, total: seen.append((done, total)),
-    )
-    assert new == 17 and again.batches == [7, 7, 3]
-    assert seen == [(20, 37), (27, 37), (34, 37), (37, 37)]
-    assert torch.equal(resumed, whole), "an image depends on its batch"
-
-    nothing = StandIn(limit=0)
-    fewer, _, new = draw_samples(nothing, 25, SampleStore(tmp_path / "b", run))
-    assert new == 0 and torch.equal(fewer, whole[:25])
-
-
-def test_damaged_and_missing_chunks_are_drawn_again(tmp_path: Path) -> None:
-    store = SampleStore(tmp_path, {})
-    whole, _, _ = draw_samples(StandIn(), 40, store, batch_size=10)
-    (tmp_path / "000010-000020.npy").write_bytes(b"\x93NUMPY")
-    (tmp_path / "000030-000040.npy").unlink()
-    pipeline = StandIn()
-    again, _, new = draw_samples(pipeline, 40, store, batch_size=15)
-    assert new == 20 and pipeline.batches == [10, 10], "a batch must not run over a gap"
-    assert torch.equal(again, whole)
-
-
-def test_samples_of_another_run_are_not_mixed_in(tmp_path: Path) -> None:
-    SampleStore(tmp_path, {"seed": 0, "weights": "abc"})
-    SampleStore(tmp_path, {"seed": 0, "weights": "abc"})
-    with pytest.raises(ValueError, match="another run .different: weights"):
-        SampleStore(tmp_path, {"seed": 0, "weights": "abd"})
-    (tmp_path / "run.json").write_text("{")
-    with pytest.raises(ValueError, match="damaged"):
-        SampleStore(tmp_path, {"seed": 0})
-
-
-def test_bad_sampling_arguments(tmp_path: Path) -> None:
-    store = SampleStore(tmp_path, {})
-    with pytest.raises(ValueError, match="batch size is 0"):
-        draw_samples(StandIn(), 10, store, batch_size=0)
-    with pytest.raises(ValueError, match="number of images is 0"):
-        draw_samples(StandIn(), 0, store)
-    with pytest.raises(ValueError, match="seed is -1"):
-        draw_samples(StandIn(), 10, store, seed=-1)
-
-
-def test_every_image_has_its_own_generator() -> None:
-    drawn = {
-        float(torch.rand((), generator=image_generator(seed, image), dtype=torch.float64))
-        for seed in range(4)
-        for image in range(50)
-    }
-    assert len(drawn) == 200
-
-
-def test_images_become_bytes() -> None:
-    unit = torch.linspace(0, 1, 1024).reshape(1, 1, 32, 32)
-    expected = (torch.linspace(0, 1, 1024) * 255).round().to(torch.uint8).reshape(1, 32, 32)
-    assert torch.equal(unit_to_uint8(unit), expected)
-    assert torch.equal(unit_to_uint8(expected), expected)
-    small = unit_to_uint8(torch.ones(1, 28, 28))
-    assert small.shape == (1, 32, 32) and small.sum() == 255 * 28 * 28
-
-
-@pytest.mark.parametrize(
-    ("images", "message"),
-    [
-        (torch.full((1, 32, 32), float("nan")), "NaN"),
-        (torch.full((1, 32, 32), -1.0), r"\[0, 1\]"),
-        (torch.zeros(1, 3, 32, 32), "in grey"),
-        (torch.zeros(1, 16, 16), "in grey"),
-        (torch.zeros(1, 32, 32, dtype=torch.int64), "int64"),
-    ],
-)
-def test_wrong_images_are_refused(images: torch.Tensor, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        unit_to_uint8(images)
-
-
-def test_images_from_a_file(tmp_path: Path) -> None:
-    images = np.random.default_rng(0).integers(0, 255, (6, 32, 32)).astype(np.uint8)
-    np.save(tmp_path / "made.npy", images)
-    found, labels = load_images(tmp_path / "made.npy")
-    assert np.array_equal(found.numpy(), images) and labels is None
-    np.save(tmp_path / "made.labels.npy", np.arange(6))
-    labels = load_images(tmp_path / "made.npy")[1]
-    assert labels is not None and labels.tolist() == [0, 1, 2, 3, 4, 5]
-    for wrong in (np.arange(5), np.arange(6) + 5, np.arange(6) / 2):
-        np.save(tmp_path / "made.labels.npy", wrong)
-        with pytest.raises(ValueError, match="labels"):
-            load_images(tmp_path / "made.npy")
-    (tmp_path / "broken.npy").write_bytes(b"no array")
-    with pytest.raises(ValueError, match="broken"):
-        load_images(tmp_path / "broken.npy")
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        load_images(tmp_path / "nowhere")
-
-
-def test_images_from_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no \.png"):
-        load_images(tmp_path)
-    for folder, value in (("3", 10), ("ankle-boot", 20)):
-        (tmp_path / folder).mkdir()
-        Image.new("L", (32, 32), value).save(tmp_path / folder / "0.png")
-    images, labels = load_images(tmp_path)
-    assert images[:, 0, 0].tolist() == [10, 20]
-    assert labels is not None and labels.tolist() == [3, 9]
-    Image.new("L", (32, 32)).save(tmp_path / "loose.png")
-    assert load_images(tmp_path)[1] is None
-    Image.new("L", (64, 64)).save(tmp_path / "grid.png")
-    with pytest.raises(ValueError, match="several sizes"):
-        load_images(tmp_path)
-
-
-def test_the_fingerprint_is_that_of_the_weights() -> None:
-    a, b = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
-    b.load_state_dict(a.state_dict())
-    assert weights_fingerprint(a) == weights_fingerprint(b)
-    with torch.no_grad():
-        b.bias[1] += 1e-6
-    assert weights_fingerprint(a) != weights_fingerprint(b)
-    assert weights_fingerprint(a.bfloat16()) != weights_fingerprint(b)
-
-
 # --- the whole -------------------------------------------------------------------------------
 
 
@@ -460,14 +298,15 @@ def test_floor_and_ceilings(train: ImageDataset) -> None:
     assert all(torch.equal(sets[name][1], again[name][1]) for name in sets)
 
 
-def test_evaluate(train: ImageDataset, test: ImageDataset) -> None:
+def test_evaluate(train: ImageDataset, test: ImageDataset, evaluator: Path) -> None:
+    classifier = load_classifier(evaluator)
     seen: list[str] = []
     result = evaluate(
         test.images,
         test.labels,
         train=train,
         test=test,
-        classifier=load_classifier(),
+        classifier=classifier,
         name="the test split itself",
         on_row=lambda row: seen.append(row.name),
     )
@@ -475,7 +314,7 @@ def test_evaluate(train: ImageDataset, test: ImageDataset) -> None:
     assert list(rows) == seen and len(rows) == 5
     for row in rows.values():
         assert row["count"] == 80 and row["reference"] == "test 80"
-        assert row["extractor"] == result["extractor"] == load_classifier().fingerprint
+        assert row["extractor"] == result["extractor"] == classifier.fingerprint
     same = rows["the test split itself"]
     assert same[METRIC] == pytest.approx(0, abs=1e-6)
     assert (same["precision"], same["recall"]) == (1.0, 1.0)
@@ -484,99 +323,8 @@ def test_evaluate(train: ImageDataset, test: ImageDataset) -> None:
     assert result["fd_over_floor"] == pytest.approx(0, abs=1e-4)
     assert json.loads(json.dumps(result)) == result
 
-    unlabelled = Judge(load_classifier(), test).score("x", "samples", test.images, None)
+    judge = Judge(classifier, test)
+    unlabelled = judge.score("x", "samples", test.images, None)
     assert unlabelled.class_agreement is None
     with pytest.raises(ValueError, match="3 images are too few"):
-        Judge(load_classifier(), test).score("x", "samples", test.images[:3], None)
-
-
-def use(monkeypatch: pytest.MonkeyPatch, pipeline: StandIn) -> StandIn:
-    monkeypatch.setattr(fastfar.FARPipeline, "from_pretrained", lambda name: pipeline)
-    return pipeline
-
-
-def test_command(
-    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = ["eval", "--data", str(files), "--samples", "40", "--batch-size", "16"]
-    command += [
-        "--work",
-        str(tmp_path / "work"),
-        "--output",
-        str(tmp_path / "out" / "results.jsonl"),
-    ]
-    command += ["--guidance-scale", "2", "--diffusion-steps", "5", "--checkpoint", "runs/mine"]
-
-    use(monkeypatch, StandIn(limit=1))
-    assert cli.main(command) == 130
-    output = capsys.readouterr()
-    assert "16 of 40 samples finished" in output.err and output.out == ""
-
-    pipeline = use(monkeypatch, StandIn())
-    assert cli.main(command) == 0
-    assert pipeline.batches == [16, 8]
-    assert pipeline.calls[0] == {"guidance_scale": 2.0, "diffusion_steps": 5, "backend": "auto"}
-    table = capsys.readouterr().out
-    assert METRIC in table and "no ImageNet FID" in table and "test 80" in table
-    assert table.splitlines()[1].startswith("mine ")
-
-    pipeline = use(monkeypatch, StandIn(limit=0))
-    assert cli.main([*command, "--json"]) == 0
-    (printed,) = capsys.readouterr().out.splitlines()
-    lines = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
-    assert len(lines) == 2 and lines[1] == printed
-    first, second = (json.loads(line) for line in lines)
-    assert first["rows"] == second["rows"], "the figures do not repeat"
-    run = first["run"]
-    assert run["new_samples"] == 24 and second["run"]["new_samples"] == 0
-    assert run["plan"]["guidance_scale"] == 2.0 and set(run["plan"]["diffusion_steps"]) == {5}
-
-    assert cli.main([*command, "--seed", "1"]) == 2
-    assert "samples of another run (different: seed)" in capsys.readouterr().err
-
-
-def test_command_with_images(
-    files: Path, tmp_path: Path, test: ImageDataset, capsys: pytest.CaptureFixture[str]
-) -> None:
-    np.save(tmp_path / "made.npy", test.images.numpy())
-    assert cli.main(["eval", "--data", str(files), "--images", str(tmp_path / "made.npy")]) == 0
-    line = capsys.readouterr().out.splitlines()[1]
-    assert line.startswith("made.npy") and "unknown" in line
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--samples", "3"], "--samples 3"),
-        (["--seed", "-1"], "seed is -1"),
-        (["--evaluator", "nowhere"], "no evaluator"),
-        (["--images", "nowhere.npy"], "no images"),
-        (["--data", "nowhere"], "dataset-fashion-mnist"),
-    ],
-)
-def test_command_errors_come_first(
-    files: Path,
-    options: list[str],
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    pipeline = use(monkeypatch, StandIn())
-    assert cli.main(["eval", "--data", str(files), *options]) == 2
-    assert message in capsys.readouterr().err
-    assert pipeline.batches == []
-
-
-def test_command_that_trains_the_evaluator(
-    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = ["eval", "train-classifier", "--to", str(tmp_path), "--data", str(files), "--json"]
-    command += ["--epochs", "1", "--batch-size", "64", "--dtype", "float32"]
-    assert cli.main(command) == 0
-    found = json.loads(capsys.readouterr().out)
-    stored = load_classifier(tmp_path)
-    assert found["extractor"] == stored.fingerprint
-    assert found["test_accuracy"] == accuracy(stored, load_fashion_mnist("test", files))
-    training = json.loads((tmp_path / "config.json").read_text())["training"]
-    assert training["epochs"] == 1 and len(training["loss_per_epoch"]) == 1
-    assert training["test_accuracy"] == found["test_accuracy"]
+        judge.score("x", "samples", test.images[:3], None)

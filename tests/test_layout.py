@@ -48,7 +48,7 @@ LAYERS: tuple[set[str], ...] = (
     {"ops"},
     {"head", "kl_vae", "tokenizer", "model", "checkpoint"},
     {"sampling", "graphs", "training", "baselines"},
-    {"pipeline"},
+    {"pipeline", "pictures"},
     {"evaluation"},
     {"cli"},
 )
@@ -167,6 +167,8 @@ def test_imports_run_one_way() -> None:
             if parts[0] != "fastfar":
                 continue
             target = parts[1] if len(parts) > 1 else ""
+            if module == "cli" and (target == "" or target in PUBLIC | ALSO_PUBLIC):
+                continue  # a command may use the public interface, as any user
             if target not in LAYER and target != "reference":
                 wrong.append(f"{relative(path)}: {name} (import from the module that defines it)")
             elif target == "reference" and module not in ("sampling", "ops", "evaluation", "cli"):

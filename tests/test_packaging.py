@@ -44,10 +44,11 @@ print(json.dumps({
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+    inherited = {name: value for name, value in os.environ.items() if "FASTFAR_" not in name}
     done = subprocess.run(
         [str(word) for word in command],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": "", **environment},
+        env={**inherited, "PYTHONPATH": "", **environment},
         capture_output=True,
         text=True,
         timeout=300,

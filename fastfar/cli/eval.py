@@ -80,7 +80,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--json", action="store_true", help="print one line of JSON")
     parser.set_defaults(run=run)
 
-    actions = parser.add_subparsers(dest="action", metavar="train-classifier", required=False)
+    actions = parser.add_subparsers(dest="action", metavar="[train-classifier]", required=False)
     train = actions.add_parser(
         "train-classifier",
         help="train the classifier whose features are compared",

@@ -93,6 +93,7 @@ def train_classifier(
     max_shift: int = MAX_SHIFT,
     seed: int = 0,
     dtype: torch.dtype = torch.bfloat16,
+    widths: tuple[int, int, int, int] = DEFAULT_WIDTHS,
     on_epoch: Callable[[int, float], None] | None = None,
     progress: Callable[[Iterator[Tensor], int], Iterator[Tensor]] | None = None,
 ) -> FashionClassifier:
@@ -111,7 +112,7 @@ def train_classifier(
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = FashionClassifier(num_classes=train.num_classes)
+        model = FashionClassifier(widths, train.num_classes)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         matrices = [p for p in model.parameters() if p.ndim > 1]
         vectors = [p for p in model.parameters() if p.ndim <= 1]
@@ -124,7 +125,10 @@ def train_classifier(
         )
         per_epoch = len(train) // batch_size
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, max_lr=learning_rate, total_steps=epochs * per_epoch, pct_start=0.2
+            optimizer,
+            max_lr=learning_rate,
+            total_steps=max(epochs * per_epoch, 10),  # below, its warm-up has no step
+            pct_start=0.2,
         )
         model.train()
         for epoch in range(epochs):

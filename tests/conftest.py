@@ -1,0 +1,83 @@
+"""What every test shares: one thread, fixed seeds, golden files, a small model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from formula import fill_by_formula
+from safetensors import safe_open
+from torch import Tensor
+
+from fastfar.config import FARConfig
+from fastfar.model import FAR
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small tensors gain nothing from threads, and lose much where a neighbour is computing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Tensors and metadata of one recorded file."""
+
+    tensors: dict[str, Tensor]
+    meta: dict[str, str]
+
+    def under(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose names start with `prefix`, without it."""
+        return {k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)}
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], Golden]:
+    """golden(name) reads tests/golden/<name>.safetensors."""
+
+    def read(name: str) -> Golden:
+        with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return Golden(tensors, file.metadata())
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> FARConfig:
+    """Everything small and odd: 9 tokens of 8 numbers (patch 2), 3 buffer positions."""
+    return FARConfig(
+        width=24,
+        encoder_depth=2,
+        decoder_depth=1,
+        num_heads=3,
+        head_depth=2,
+        head_width=20,
+        latent_channels=2,
+        latent_size=6,
+        patch_size=2,
+        buffer_size=3,
+        num_classes=5,
+        dropout=0.1,
+    )
+
+
+@pytest.fixture
+def tiny_model(tiny_config: FARConfig) -> FAR:
+    """FAR of size `tiny_config`, weights by formula (no zero gates), eval mode, float32."""
+    model = FAR(tiny_config).eval()
+    fill_by_formula(model)
+    return model
