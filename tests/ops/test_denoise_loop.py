@@ -87,7 +87,9 @@ def test_half_precision(steps: int, dtype: torch.dtype) -> None:
     """Weights and condition in half precision; the state stays in float32."""
     data = inputs(17, steps, token_dim=3)
     options = {"guidance_scale": 3.0, "temperature": 1.0, "x0_range": (-2.0, 2.0)}
-    assert_close_to_reference(*OPS, *data.args(), dtype=dtype, gradients=False, **options)
+    assert_close_to_reference(
+        *OPS, *data.args(), dtype=dtype, gradients=False, layers=4 * steps, **options
+    )
     head = {name: x.to(dtype) for name, x in data.head.items()}
     condition = data.condition.to(dtype)
     out = denoise_loop(head, condition, 7, data.initial.float(), data.noise.float(), **options)
@@ -97,7 +99,7 @@ def test_half_precision(steps: int, dtype: torch.dtype) -> None:
         exact, condition.double(), 7, data.initial, data.noise, **options
     )
     # Far below what the reference loses in this dtype (its sinusoids are rounded as well).
-    assert relative(out, truth) < 8 * torch.finfo(dtype).eps
+    assert relative(out, truth) < 16 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("num_timesteps, steps", [(10, 10), (50, 7), (1000, 55)])
