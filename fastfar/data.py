@@ -42,7 +42,8 @@ _PREFIXES = {"train": "train", "test": "t10k"}
 
 @dataclass(frozen=True)
 class ImageDataset:
-    """``images`` uint8 (B, H, W), ``labels`` int64 (B,), ``class_names`` in label order."""
+    """``images`` uint8 (B, H, W) or (B, C, H, W), ``labels`` int64 (B,), ``class_names`` in label
+    order."""
 
     images: Tensor
     labels: Tensor
@@ -54,6 +55,29 @@ class ImageDataset:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(C, H, W) of one image."""
+        shape = tuple(self.images.shape[1:])
+        return shape if len(shape) == 3 else (1, *shape)
+
+    def take(self, rows_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, C, H, W) as float32 x / 127.5 - 1, in [-1, 1], and labels (B,) of rows."""
+        images = self.images[rows_B].view(-1, *self.image_shape)
+        return images.float() / 127.5 - 1.0, self.labels[rows_B]
+
+    def pixel_statistics(self) -> tuple[float, float]:
+        """Mean and standard deviation of all pixels as ``take`` gives them, in float64.
+
+        Counts the 256 values, so that no copy of the images in floating point is made.
+        """
+        count = torch.bincount(self.images.flatten(), minlength=256).double()
+        value = torch.arange(256, dtype=torch.float64) / 127.5 - 1.0
+        number = count.sum()
+        mean = (count * value).sum() / number
+        variance = (count * (value - mean).square()).sum() / (number - 1)
+        return float(mean), float(variance.sqrt())
 
     def balanced_rows(self, count: int, seed: int = 0) -> Tensor:
         """Row numbers (count,) of random images, none twice, as equally many per class as can be.

@@ -96,6 +96,11 @@ class SamplingPlan:
                 isinstance(level, int) and level >= 0,
                 f"levels must be whole numbers from 0 upwards, got {level!r}",
             )
+        for level in self.input_levels:
+            _require(
+                level is None or (isinstance(level, int) and level >= 0),
+                f"input_levels must be whole numbers from 0 upwards or None, got {level!r}",
+            )
         _require(self.levels[0] == 0, f"the first level must be 0, got {self.levels[0]}")
         # A masked run may look at sharp levels while few tokens are visible (the published
         # schedule starts 0, 12, 12, 4, 5, ...), so order is only asked of unmasked runs.

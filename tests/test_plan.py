@@ -122,6 +122,8 @@ BAD = [
     ({"levels": (0, 2, 2, *NOMASK[3:])}, "rise"),
     ({"levels": (0, 2.5, *NOMASK[2:])}, "whole numbers"),
     ({"levels": (0, -1, *NOMASK[2:])}, "from 0 upwards"),
+    ({"input_levels": (None, 2.5, *NOMASK[2:])}, "input_levels.*2.5"),
+    ({"input_levels": (None, -1, *NOMASK[2:])}, "input_levels.*-1"),
     ({"guidance_scale": NAN}, "guidance_scale"),
     ({"guidance_scale": INF}, "guidance_scale"),
     ({"guidance_scale": -0.1}, "at least 0"),

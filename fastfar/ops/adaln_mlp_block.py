@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -37,6 +38,7 @@ def adaln_mlp_block(
     Source: the denoising MLP of MAR (arXiv 2406.11838, section 4.2), unchanged in FAR.
     """
     h_NW = F.layer_norm(x_NW, (x_NW.shape[-1],), norm_weight, norm_bias, eps)
-    h_NW = h_NW * (1 + scale_NW) + shift_NW
+    # addcmul(a, b, c) = a + b * c in one pass over memory.
+    h_NW = torch.addcmul(h_NW + shift_NW, h_NW, scale_NW)
     h_NW = F.linear(F.silu(F.linear(h_NW, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
-    return x_NW + gate_NW * h_NW
+    return torch.addcmul(x_NW, gate_NW, h_NW)

@@ -125,7 +125,8 @@ def denoise_loop(
                 eps=EPS,
             )
         shift, scale = next(parts), next(parts)
-        h_MW = F.layer_norm(h_MW, (width,), eps=EPS) * (1 + scale) + shift
+        h_MW = F.layer_norm(h_MW, (width,), eps=EPS)
+        h_MW = torch.addcmul(h_MW + shift, h_MW, scale)
         weight, bias = head["final_layer.linear.weight"], head["final_layer.linear.bias"]
         eps_NP, v_NP = F.linear(h_MW[:rows], weight, bias).to(state_dtype).chunk(2, dim=-1)
         if guided:

@@ -6,21 +6,22 @@ of (seed, n) alone, so a resumed run continues exactly where the interrupted one
 
 from __future__ import annotations
 
-import json
+import copy
+import logging
+import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fastfar import backend
-from fastfar._files import atomic_write
+from fastfar.data import ImageDataset
 from fastfar.diffusion import add_noise
 from fastfar.levels import patchify
 from fastfar.model import FAR
@@ -29,90 +30,99 @@ from fastfar.tokenizer import PixelTokenizer
 from fastfar.training.ema import EMA
 from fastfar.training.loss import diffusion_loss, sample_draws
 from fastfar.training.recipe import Recipe
+from fastfar.training.state import (
+    STATE_FILE,
+    append_log,
+    read_state,
+    recipe_changes,
+    trim_log,
+    write_state,
+)
 
 PROBE_TIMESTEPS = (999, 990, 900, 500, 50)
+MAX_SKIPPED = 50  # steps in a row without a finite gradient, after which a run has diverged
+
+Outcome = Literal["finished", "interrupted", "out of time"]
+Record = dict[str, float]
+
+_log = logging.getLogger("fastfar")
 
 
-@dataclass
-class TrainingData:
-    """Images of one data set, in memory.
+def pixel_tokenizer(data: ImageDataset) -> PixelTokenizer:
+    """Standardisation by a data set's own mean and standard deviation, to six decimals."""
+    mean, std = data.pixel_statistics()
+    return PixelTokenizer(round(mean, 6), round(std, 6))
 
-    Attributes:
-        images: (M, C, H, W) uint8.
-        labels: (M,) int64.
-        class_names: one per label.
+
+def batch_rows(count: int, step: int, size: int, seed: int) -> Tensor:
+    """(size,) rows of optimiser step `step`: each epoch is one permutation of `count` images.
+
+    The images that are left over at the end of an epoch, fewer than a batch, are not used in it.
     """
-
-    images: Tensor
-    labels: Tensor
-    class_names: tuple[str, ...]
-
-    def tokenizer(self) -> PixelTokenizer:
-        """Standardisation by this data set's own mean and standard deviation."""
-        pixels = self.images.double() / 127.5 - 1.0
-        return PixelTokenizer(round(float(pixels.mean()), 6), round(float(pixels.std()), 6))
-
-    def batch(self, step: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Images in [-1, 1] and labels of optimiser step `step`: each epoch is a permutation."""
-        per_epoch = max(len(self.labels) // size, 1)
-        epoch, position = divmod(step, per_epoch)
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order = torch.randperm(len(self.labels), generator=generator)
-        rows = order[position * size : (position + 1) * size]
-        return self.images[rows].float() / 127.5 - 1.0, self.labels[rows]
+    epoch, position = divmod(step, count // size)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(count, generator=generator)
+    return order[position * size : (position + 1) * size]
 
 
 class Trainer:
-    """One training run in one folder.
+    """One training run in one folder, on the CPU.
 
-    The folder holds state.pt (weights, EMA, optimiser, step, recipe), log.jsonl and recipe.json.
-    A folder that already has a state.pt is resumed.
+    The folder holds state.pt (weights, EMA, optimiser, step, recipe, tokenizer, class names),
+    log.jsonl and recipe.json. A folder that already has a state.pt is resumed, and may go on with
+    another recipe as long as model, data, seed and batch size stay: `changes` says what is new.
 
     Args:
         recipe: what to train.
-        data: images and labels.
+        data: images (M, H, W) or (M, C, H, W) and labels.
         folder: where everything is written.
 
     Raises:
-        ValueError: the folder belongs to another recipe, or the data does not fit the model.
+        ValueError: the folder belongs to another recipe or holds a damaged state, or the data does
+            not fit the model.
     """
 
-    def __init__(self, recipe: Recipe, data: TrainingData, folder: Path) -> None:
-        config = recipe.config
-        expected = (config.latent_channels, config.latent_size, config.latent_size)
-        if tuple(data.images.shape[1:]) != expected:
-            raise ValueError(
-                f"the data's images are {tuple(data.images.shape[1:])}, the model takes {expected}"
-            )
-        if int(data.labels.max()) >= config.num_classes:
-            raise ValueError(
-                f"label {int(data.labels.max())} in the data, the model has "
-                f"{config.num_classes} classes"
-            )
-        torch.manual_seed(recipe.seed)
+    def __init__(self, recipe: Recipe, data: ImageDataset, folder: Path) -> None:
+        _check_data(recipe, data)
         self.recipe, self.data, self.folder = recipe, data, folder
-        self.tokenizer = data.tokenizer()
-        self.model = FAR(config).train()
+        self.tokenizer = pixel_tokenizer(data)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            self.model = FAR(recipe.config).train()
         self.ema = EMA(self.model, recipe.ema_decay)
         self.optimizer = _adamw(self.model, recipe)
         self.step = 0
+        self.changes: dict[str, tuple[Any, Any]] = {}
+        self._saved_step = -1
+        self._skipped_in_a_row = 0
         folder.mkdir(parents=True, exist_ok=True)
         if self.state_path.exists():
             self._load()
-        dtype = torch.float32 if recipe.dtype == "float32" else torch.bfloat16
+        trim_log(folder, self.step)
+        self.dtype = torch.float32 if recipe.dtype == "float32" else torch.bfloat16
         if recipe.dtype == "auto":
-            dtype = backend.best_dtype("torch", torch.device("cpu"))
-        self.dtype = dtype
+            self.dtype = backend.best_dtype("torch", torch.device("cpu"))
         self.loss = torch.compile(diffusion_loss) if recipe.compile else diffusion_loss
 
     @property
     def state_path(self) -> Path:
-        return self.folder / "state.pt"
+        return self.folder / STATE_FILE
 
-    def train_step(self) -> dict[str, float]:
-        """One optimiser step; a step whose gradient is not finite changes nothing and says so."""
+    def batch(self, step: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Images (size, C, H, W) in [-1, 1] and labels (size,) of one optimiser step."""
+        return self.data.take(batch_rows(len(self.data), step, size, seed))
+
+    def train_step(self) -> Record:
+        """One optimiser step; a step whose gradient is not finite changes nothing and says so.
+
+        Returns:
+            "loss", "grad_norm" (before clipping), "lr", and "skipped" (1 or 0).
+
+        Raises:
+            ValueError: that has happened in `MAX_SKIPPED` steps in a row.
+        """
         recipe = self.recipe
-        images, labels = self.data.batch(self.step, recipe.batch_size, recipe.seed)
+        images, labels = self.batch(self.step, recipe.batch_size, recipe.seed)
         generator = torch.Generator().manual_seed(recipe.seed * 7_919 + self.step + 1)
         draws = sample_draws(
             self.model.config,
@@ -123,15 +133,17 @@ class Trainer:
             level_per_image=recipe.level_per_image,
             generator=generator,
         )
-        # Dropout, if any, must not depend on what ran before either.
-        torch.manual_seed(recipe.seed * 104_729 + self.step + 1)
         lr = recipe.learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        with torch.autocast("cpu", self.dtype, enabled=self.dtype is not torch.float32):
-            latents = self.tokenizer.to_latents(images)
-            loss = self.loss(self.model, latents, labels, draws, recipe.level_weight)
-        torch.autograd.backward(loss)
+        # Dropout draws from PyTorch's own generator: what ran before must not matter to it, nor
+        # the step to what runs after. The offset keeps it apart from the draws above.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(2**40 + recipe.seed * 104_729 + self.step)
+            with torch.autocast("cpu", self.dtype, enabled=self.dtype is not torch.float32):
+                latents = self.tokenizer.to_latents(images)
+                loss = self.loss(self.model, latents, labels, draws, recipe.level_weight)
+            torch.autograd.backward(loss)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
         finite = bool(torch.isfinite(norm))
         if finite:
@@ -139,6 +151,12 @@ class Trainer:
             self.ema.update(self.model)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
+        if self._skipped_in_a_row >= MAX_SKIPPED:
+            raise ValueError(
+                f"no gradient was finite in the last {MAX_SKIPPED} steps: the run has diverged at "
+                f"step {self.step - MAX_SKIPPED}. Start again with a lower lr or clip"
+            )
         return {
             "loss": float(loss.detach()),
             "grad_norm": float(norm),
@@ -147,7 +165,7 @@ class Trainer:
         }
 
     @torch.no_grad()
-    def probe(self, level: int = 8, images: int = 64) -> dict[str, float]:
+    def probe(self, level: int = 8, images: int = 64) -> Record:
         """Root mean square error of eps at fixed timesteps and one level, on fixed images.
 
         The values near t = 999 decide whether unbounded sampling diverges: sigma / alpha is
@@ -155,24 +173,24 @@ class Trainer:
         """
         config = self.model.config
         generator = torch.Generator().manual_seed(0)
-        pictures, labels = self.data.batch(0, images, seed=1)
+        pictures, labels = self.batch(0, min(images, len(self.data)), seed=1)
         latents = self.tokenizer.to_latents(pictures)
-        level_B = torch.full((len(latents),), min(level, config.num_levels))
-        self.model.eval()
+        level = min(level, config.num_levels)
         tokens = filter_mask_patchify(
             latents,
-            level_B,
+            torch.full((len(latents),), level),
             patch_size=config.patch_size,
             num_levels=config.num_levels,
             kind=config.filter,
         )
+        self.model.eval()
         z_ND = self.model(tokens, self.model.class_embedding(labels)).flatten(0, 1)
         target_NP = patchify(latents, config.patch_size).flatten(0, 1)
         noise_NP = torch.randn(target_NP.shape, generator=generator)
         level_N = torch.full((len(target_NP),), float(level))
         errors = {}
         for t in PROBE_TIMESTEPS:
-            timestep_N = torch.full((len(target_NP),), t)
+            timestep_N = torch.full((len(target_NP),), min(t, config.num_timesteps - 1))
             noised_NP = add_noise(target_NP, noise_NP, timestep_N, config.num_timesteps)
             output = self.model.head(noised_NP, timestep_N, z_ND, level_N)
             eps_NP = output[:, : config.token_dim]
@@ -186,111 +204,151 @@ class Trainer:
         log_every: int = 50,
         save_every: int = 500,
         probe_every: int = 1000,
+        on_step: Callable[[Record], None] | None = None,
         on_log: Callable[[dict[str, Any]], None] | None = None,
         minutes: float | None = None,
-    ) -> bool:
-        """Train to the recipe's last step; True if it was reached.
+    ) -> Outcome:
+        """Train to the recipe's last step, or to the end of `minutes`, or until Ctrl-C.
 
-        Ctrl-C (SIGINT) or SIGTERM finishes the step at hand, saves and returns False; so does the
-        end of `minutes`.
+        SIGINT or SIGTERM finishes the step at hand and saves; a second Ctrl-C stops at once and
+        loses what came after the last save. The log gets an entry every `log_every` steps and
+        wherever `probe_every` asks for a probe. If a save on the way fails (a full disk), that is
+        a warning, and the next one tries again; at the end it is an OSError.
+
+        Returns:
+            "finished", "interrupted" or "out of time".
         """
-        clock = start = time.monotonic()
-        losses: list[float] = []
-        skipped = 0.0
+        start, window = time.monotonic(), _Window()
+        outcome: Outcome = "finished"
         with _stop_flag() as stop:
-            while self.step < self.recipe.steps and not stop.is_set():
+            while self.step < self.recipe.steps:
+                if stop.is_set():
+                    outcome = "interrupted"
+                    break
+                if minutes is not None and time.monotonic() - start >= 60 * minutes:
+                    outcome = "out of time"
+                    break
+                begun = time.monotonic()
                 record = self.train_step()
-                losses.append(record["loss"])
-                skipped += record["skipped"]
-                if self.step % log_every == 0 or self.step == self.recipe.steps:
-                    now = time.monotonic()
-                    entry: dict[str, Any] = {
-                        "step": self.step,
-                        **record,
-                        "loss": sum(losses) / len(losses),
-                        "skipped": skipped,
-                        "images_per_second": len(losses) * self.recipe.batch_size / (now - clock),
-                        "time": time.time(),
-                    }
-                    if self.step % probe_every == 0:
-                        entry |= self.probe()
-                    self._log(entry)
+                window.add(record, time.monotonic() - begun)
+                if on_step is not None:
+                    on_step(record)
+                probed = self.step % probe_every == 0
+                if probed or self.step % log_every == 0 or self.step == self.recipe.steps:
+                    entry = {"step": self.step, **record, **window.means(self.recipe.batch_size)}
+                    entry |= {"time": time.time(), **(self.probe() if probed else {})}
+                    append_log(self.folder, entry)
                     if on_log is not None:
                         on_log(entry)
-                    clock, losses, skipped = time.monotonic(), [], 0.0
-                if self.step % save_every == 0:
-                    self.save()
-                if minutes is not None and time.monotonic() - start > 60 * minutes:
-                    break
-            self.save()
-        return self.step >= self.recipe.steps
+                    window = _Window()
+                if self.step % save_every == 0 and self.step < self.recipe.steps:
+                    try:
+                        self.save()
+                    except OSError as error:
+                        _log.warning("step %d was not saved: %s", self.step, error)
+            if self._saved_step != self.step:
+                self.save()
+        return outcome
 
     def averaged_model(self) -> FAR:
         """A copy of the model in eval mode with the averaged weights."""
-        model = FAR(self.model.config)
+        model = copy.deepcopy(self.model).eval()
         self.ema.copy_to(model)
-        return model.eval()
+        return model
 
     def save(self) -> None:
-        """Write state.pt and recipe.json, atomically."""
+        """Write state.pt and recipe.json, atomically; OSError as `write_state`."""
         state = {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "recipe": self.recipe.to_dict(),
+            "tokenizer": self.tokenizer.to_dict(),
+            "class_names": list(self.data.class_names),
         }
-        with atomic_write(self.state_path) as temporary:
-            torch.save(state, temporary)
-        with atomic_write(self.folder / "recipe.json") as temporary:
-            temporary.write_text(json.dumps(self.recipe.to_dict(), indent=2) + "\n")
+        write_state(self.folder, state)
+        self._saved_step = self.step
 
     def _load(self) -> None:
-        state = torch.load(self.state_path, map_location="cpu", weights_only=True)
-        before = Recipe.from_dict(state["recipe"])
-        if before.config != self.recipe.config:
+        state = read_state(self.folder)
+        self.changes = recipe_changes(Recipe.from_dict(state["recipe"]), self.recipe)
+        for name, (before, now) in self.changes.items():
+            _log.warning("going on with %s = %r, which was %r so far", name, now, before)
+        known = state.get("tokenizer", self.tokenizer.to_dict())
+        if known != self.tokenizer.to_dict():
             raise ValueError(
-                f"{self.folder} holds a run of another model ({before.config}); choose an empty "
-                "folder, or the recipe that this run was started with"
+                f"the run in {self.folder} was started with other images (then {known}, now "
+                f"{self.tokenizer.to_dict()}); choose another folder, or give the same data"
             )
-        self.model.load_state_dict(state["model"])
-        self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step = int(state["step"])
-        self._trim_log()
+        settings = [_settings(group) for group in self.optimizer.param_groups]
+        try:
+            self.model.load_state_dict(state["model"])
+            self.ema.load_state_dict(state["ema"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, KeyError) as error:
+            raise ValueError(f"{self.state_path} does not fit its own recipe: {error}") from error
+        for group, values in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(values)  # the recipe's, which the loaded state has overwritten
+        self.step = self._saved_step = int(state["step"])
 
-    def _trim_log(self) -> None:
-        """Drop what a killed run logged after its last save: those steps come again."""
-        path = self.folder / "log.jsonl"
-        if not path.exists():
-            return
-        kept = []
-        for line in path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= self.step:
-                    kept.append(line)
-            except json.JSONDecodeError:  # the line that was being written when the run died
-                continue
-        with atomic_write(path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in kept))
 
-    def _log(self, entry: dict[str, Any]) -> None:
-        with (self.folder / "log.jsonl").open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+class _Window:
+    """Means since the last entry of the log."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.steps = 0
+        self.seconds = 0.0
+
+    def add(self, record: Record, seconds: float) -> None:
+        self.steps += 1
+        self.seconds += seconds
+        if not record["skipped"]:
+            self.losses.append(record["loss"])
+
+    def means(self, batch_size: int) -> Record:
+        """Mean loss of the steps that were not skipped, skipped steps, training speed."""
+        return {
+            "loss": sum(self.losses) / len(self.losses) if self.losses else math.nan,
+            "skipped": float(self.steps - len(self.losses)),
+            "images_per_second": self.steps * batch_size / max(self.seconds, 1e-9),
+        }
+
+
+def _check_data(recipe: Recipe, data: ImageDataset) -> None:
+    config = recipe.config
+    expected = (config.latent_channels, config.latent_size, config.latent_size)
+    if data.image_shape != expected:
+        raise ValueError(f"the data's images are {data.image_shape}, the model takes {expected}")
+    if len(data) < recipe.batch_size:
+        raise ValueError(
+            f"the data has {len(data)} images, fewer than one batch of {recipe.batch_size}"
+        )
+    labels = data.labels
+    if len(labels) != len(data) or int(labels.min()) < 0 or int(labels.max()) >= config.num_classes:
+        raise ValueError(
+            f"the data has {len(labels)} labels from {int(labels.min())} to {int(labels.max())} "
+            f"for {len(data)} images; the model has the classes 0..{config.num_classes - 1}"
+        )
 
 
 def _adamw(model: FAR, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW without weight decay on biases, norms, embeddings of one row and the head."""
+    """AdamW without weight decay on vectors (biases, norms) and on the head."""
     decayed: list[Tensor] = []
     free: list[Tensor] = []
     for name, parameter in model.named_parameters():
-        plain = parameter.ndim < 2 or name.startswith("diffloss.") or name.endswith(".bias")
+        plain = parameter.ndim < 2 or name.startswith("diffloss.")
         (free if plain else decayed).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": recipe.weight_decay},
         {"params": free, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=True)
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: group[name] for name in ("lr", "betas", "weight_decay", "fused")}
 
 
 @contextmanager
@@ -312,4 +370,4 @@ def _stop_flag() -> Iterator[threading.Event]:
         yield event
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -102,9 +102,11 @@ def sample_draws(
     )
 
 
-def level_weights(level_B: Tensor, num_levels: int) -> Tensor:
+def level_weights(
+    level_B: Tensor, num_levels: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """w_i = 1 + sin(pi/2 * i / K): sharper levels count more (the paper's frequency-aware loss)."""
-    return 1.0 + torch.sin(math.pi / 2 * level_B.float() / num_levels)
+    return 1.0 + torch.sin(math.pi / 2 * level_B.to(dtype) / num_levels)
 
 
 def _check(config: FARConfig, latents: Tensor, class_labels: Tensor, draws: TrainingDraws) -> None:
@@ -213,6 +215,6 @@ def diffusion_loss(
         draws = sample_draws(model.config, len(latents), label_dropout=dropout)
     loss_B = loss_per_image(model, latents, class_labels, draws)
     if level_weight == "sine":
-        weight_B = level_weights(draws.level, model.config.num_levels)
+        weight_B = level_weights(draws.level, model.config.num_levels, loss_B.dtype)
         loss_B = loss_B * weight_B.to(loss_B)
     return loss_B.mean()

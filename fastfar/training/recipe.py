@@ -61,26 +61,33 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "betas", tuple(self.betas))
-        for name in ("steps", "batch_size", "batch_multiplier"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("lr", "clip"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
+        object.__setattr__(self, "betas", _pair("betas", self.betas))
+        for name in ("steps", "batch_size", "batch_multiplier", "warmup_steps", "seed"):
+            _whole(name, getattr(self, name), 0 if name in ("warmup_steps", "seed") else 1)
+        for name in ("lr", "clip", "weight_decay"):
+            value = _number(name, getattr(self, name))
+            if value < 0 or (value == 0 and name != "weight_decay"):
                 raise ValueError(f"{name} must be positive, got {value}")
         for name in ("decay_share", "label_dropout", "ema_decay"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
+            if not 0.0 <= _number(name, getattr(self, name)) <= 1.0:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
         choices: dict[str, tuple[Any, ...]] = {
             "data": ("fashion_mnist",),
             "mask_rule": (*MASK_RULES, None),
             "level_weight": (*LEVEL_WEIGHTS, None),
             "dtype": ("auto", "bfloat16", "float32"),
+            "level_per_image": (True, False),
+            "compile": (True, False),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if not isinstance(self.model, str | dict):
+            raise ValueError(f"model must be a preset or its entries, got {self.model!r}")
+        try:
+            _ = self.config
+        except TypeError as error:
+            raise ValueError(f"model: an entry is of a wrong type ({error})") from error
 
     @property
     def config(self) -> FARConfig:
@@ -96,6 +103,10 @@ class Recipe:
         cool = min(1.0, (self.steps - step) / decay_steps) if self.decay_share > 0 else 1.0
         return self.lr * warm * max(cool, 0.0)
 
+    def with_changes(self, changes: Mapping[str, Any]) -> Recipe:
+        """A copy with other entries; an unknown name is a ValueError."""
+        return self.from_dict({**self.to_dict(), **changes})
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         return dataclasses.asdict(self)
@@ -110,19 +121,56 @@ class Recipe:
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> Recipe:
-        """A committed recipe by name ("demo"), or a JSON file by path."""
+        """A committed recipe by name ("demo"), or a JSON file by path.
+
+        Raises:
+            ValueError: no such name; the file is not JSON or not a recipe.
+            FileNotFoundError: no such file.
+        """
         path = Path(name_or_path)
         if path.suffix == ".json":
-            text = path.read_text()
+            if not path.is_file():
+                raise FileNotFoundError(f"there is no recipe {path}")
+            text = path.read_text(encoding="utf-8")
         else:
             folder = resources.files("fastfar.training") / "recipes"
-            names = sorted(p.name[: -len(".json")] for p in folder.iterdir())
+            names = sorted(
+                entry.name.removesuffix(".json")
+                for entry in folder.iterdir()
+                if entry.name.endswith(".json")
+            )
             if str(name_or_path) not in names:
                 raise ValueError(
                     f"no recipe {str(name_or_path)!r}; there are {names}, or give a .json file"
                 )
-            text = (folder / f"{name_or_path}.json").read_text()
+            text = (folder / f"{name_or_path}.json").read_text(encoding="utf-8")
         try:
-            return cls.from_dict(json.loads(text))
+            values = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not valid JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} is no recipe: it must hold one JSON object")
+        try:
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    return float(value)
+
+
+def _whole(name: str, value: Any, lowest: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value < 2**31:
+        raise ValueError(f"{name} must be a whole number of at least {lowest}, got {value!r}")
+
+
+def _pair(name: str, value: Any) -> tuple[float, float]:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ValueError(f"{name} must be two numbers, got {value!r}")
+    first, second = (_number(name, each) for each in value)
+    if not (0.0 <= first < 1.0 and 0.0 <= second < 1.0):
+        raise ValueError(f"{name} must lie in [0, 1), got {value!r}")
+    return first, second

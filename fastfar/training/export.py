@@ -1,0 +1,102 @@
+"""From a training run to a model that can be sampled: averaged weights, tokenizer, plan, names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastfar.checkpoint import save_pretrained
+from fastfar.config import FARConfig
+from fastfar.data import ImageDataset
+from fastfar.model import FAR
+from fastfar.plan import SamplingPlan, cosine_mask_ratios
+from fastfar.tokenizer import KLVAE, PixelTokenizer, tokenizer_from_dict
+from fastfar.training.ema import EMA
+from fastfar.training.loop import pixel_tokenizer
+from fastfar.training.recipe import Recipe
+from fastfar.training.state import read_state
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+
+
+def default_plan(config: FARConfig, tokenizer: PixelTokenizer | KLVAE) -> SamplingPlan:
+    """How a model that was trained here is sampled unless told otherwise.
+
+    Masked, at the levels 0, 2, 3, ..., 10 of 16 (as far as the model has them): each step's input
+    is low-passed to the level that it is told. Guidance and temperature rise as in
+    `SamplingPlan.official("mask")`. x0 is bounded by what the tokenizer can show: a short training
+    does not predict the noise near t = 999 well enough to do without (a KL-VAE has no bound).
+    """
+    levels = (0, *range(2, min(config.num_levels, 10) + 1))
+    n = len(levels)
+    return SamplingPlan(
+        levels=levels,
+        input_levels=(None, *levels[1:]),
+        guidance_scale=3.0,
+        guidance_ramp=tuple(k / n for k in range(n)),
+        temperatures=tuple(0.85 + 0.15 * k / n for k in range(n)),
+        diffusion_steps=(100,) * n,
+        mask_ratios=cosine_mask_ratios(n),
+        x0_range=tokenizer.x0_range if isinstance(tokenizer, PixelTokenizer) else None,
+    )
+
+
+def export_model(
+    folder: str | os.PathLike[str],
+    model: FAR,
+    tokenizer: PixelTokenizer | KLVAE,
+    class_names: Sequence[str],
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Write `model`, in `dtype`, as a folder for `FARPipeline.from_pretrained`. Changes its dtype.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; old files are intact.
+    """
+    plan = default_plan(model.config, tokenizer)
+    save_pretrained(folder, model.to(dtype), tokenizer, plan, class_names)
+
+
+def export_run(
+    run: Path,
+    folder: str | os.PathLike[str],
+    dtype: torch.dtype = torch.bfloat16,
+    load_data: Callable[[], ImageDataset] | None = None,
+) -> int:
+    """Export the averaged weights of a training run's last save; the step they are of.
+
+    Args:
+        run: the folder of the run.
+        folder: where to write.
+        dtype: of the stored weights.
+        load_data: gives what was trained on; called only for states without a tokenizer.
+
+    Raises:
+        FileNotFoundError, ValueError: no usable state.pt; or it lacks the tokenizer, and there is
+            no `load_data`.
+        OSError: as `export_model`.
+    """
+    state = read_state(run)
+    model = _averaged(Recipe.from_dict(state["recipe"]).config, state["ema"])
+    if "tokenizer" in state:
+        tokenizer, names = tokenizer_from_dict(state["tokenizer"]), state["class_names"]
+    elif load_data is not None:
+        data = load_data()
+        tokenizer, names = pixel_tokenizer(data), data.class_names
+    else:
+        raise ValueError(f"{run} was written by an earlier version: exporting it needs its data")
+    export_model(folder, model, tokenizer, names, dtype)
+    return int(state["step"])
+
+
+def _averaged(config: FARConfig, average: Mapping[str, Any]) -> FAR:
+    with torch.random.fork_rng(devices=[]):
+        model = FAR(config).eval()
+    ema = EMA(model, 0.0)
+    ema.load_state_dict(average)
+    ema.copy_to(model)
+    return model
