@@ -96,10 +96,10 @@ class SamplingPlan:
                 isinstance(level, int) and level >= 0,
                 f"levels must be whole numbers from 0 upwards, got {level!r}",
             )
-        for level in self.input_levels:
+        for given in self.input_levels:
             _require(
-                level is None or (isinstance(level, int) and level >= 0),
-                f"input_levels must be whole numbers from 0 upwards or None, got {level!r}",
+                given is None or (isinstance(given, int) and given >= 0),
+                f"input_levels must be whole numbers from 0 upwards or None, got {given!r}",
             )
         _require(self.levels[0] == 0, f"the first level must be 0, got {self.levels[0]}")
         # A masked run may look at sharp levels while few tokens are visible (the published

@@ -13,6 +13,8 @@ from fastfar.ops._registry import op
 from fastfar.ops.adaln_mlp_block import adaln_mlp_block
 
 EPS = 1e-6
+# Rows are independent: blocks of this many keep their modulations in a CPU's cache.
+CPU_ROW_BLOCK = 1024
 
 
 def _block_names(head: Mapping[str, Tensor]) -> list[str]:
@@ -80,6 +82,39 @@ def denoise_loop(
     _check(condition_MD, initial_NP, noise_TNP)
     guided = len(condition_MD) == 2 * rows and guidance_scale != 1.0
     condition = condition_MD if guided else condition_MD[:rows]
+    block = CPU_ROW_BLOCK if initial_NP.device.type == "cpu" else max(rows, 1)
+    halves_2ND = condition.view(-1, rows, condition.shape[-1])
+    pieces = [
+        _denoise_rows(
+            head,
+            halves_2ND[:, start : start + block].flatten(0, 1),
+            level,
+            initial_NP[start : start + block],
+            noise_TNP[:, start : start + block],
+            guidance_scale,
+            temperature,
+            x0_range,
+            num_timesteps,
+        )
+        for start in range(0, rows, block)
+    ]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _denoise_rows(
+    head: Mapping[str, Tensor],
+    condition: Tensor,
+    level: float,
+    initial_NP: Tensor,
+    noise_TNP: Tensor,
+    guidance_scale: float,
+    temperature: float,
+    x0_range: tuple[float, float] | None,
+    num_timesteps: int,
+) -> Tensor:
+    """`denoise_loop` of one block of rows; guided if `condition` has two rows for each."""
+    rows = len(initial_NP)
+    guided = len(condition) == 2 * rows
     dtype = head["input_proj.weight"].dtype
     tables = diffusion_tables(len(noise_TNP), num_timesteps)
     blocks = _block_names(head)
