@@ -193,7 +193,10 @@ def _in_dtype(model: FAR, dtype: torch.dtype) -> FAR:
     same = all(parameter.dtype is dtype for parameter in model.parameters())
     if same and not model.training:
         return model
-    fingerprint = tuple(p._version + p.data_ptr() for p in model.parameters())
+    # Tensors made in inference mode count no versions.
+    fingerprint = tuple(
+        p.data_ptr() + (0 if p.is_inference() else p._version) for p in model.parameters()
+    )
     kept = _copies.get(model)
     if kept is not None and kept[:2] == (dtype, fingerprint):
         return kept[2]

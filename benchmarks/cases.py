@@ -1,0 +1,228 @@
+"""One case per op: what it is called with inside a model, and what that costs at least.
+
+Every size comes from a `FARConfig`. FLOPs are those of matrix products, two per multiply-add, and
+are told twice: `flops` for the arithmetic as published, `executed_flops` for what the production op
+has to do (work that it hoists or skips is not counted). `bytes_moved` reads every input and writes
+the output once. M = 2 N rows or images stand for the two halves of guidance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from fastfar import FARConfig, ops, reference
+from fastfar.head import TIME_FEATURES, DenoisingMLP
+
+STEPS = 8  # T of the denoising loop: its time is linear in T, and a short loop keeps runs short
+PRESETS = ("demo", "far_base")
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Count = Callable[[FARConfig, int], int]
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op of the model, ready to be called and counted.
+
+    Attributes:
+        name: of the op, in `fastfar.ops` and in `fastfar.reference`.
+        make: (config, batch, dtype) -> (args, kwargs) of the call that sampling or training makes.
+        flops: (config, batch) -> FLOPs of the published arithmetic; 0 where there is no product.
+        executed: the same for the production op; None where it is the same number.
+    """
+
+    name: str
+    make: Callable[[FARConfig, int, torch.dtype], Arguments]
+    flops: Count
+    executed: Count | None = None
+
+    @property
+    def op(self) -> Callable[..., Tensor]:
+        """The production op."""
+        function: Callable[..., Tensor] = getattr(ops, self.name)
+        return function
+
+    @property
+    def reference(self) -> Callable[..., Tensor]:
+        """The truth."""
+        function: Callable[..., Tensor] = getattr(reference, self.name)
+        return function
+
+    def inputs(self, config: FARConfig, batch: int, dtype: torch.dtype, seed: int = 0) -> Arguments:
+        """Arguments of the op for `batch` images; the same numbers for the same seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.make(config, batch, dtype)
+
+    def executed_flops(self, config: FARConfig, batch: int) -> int:
+        """FLOPs that the production op executes."""
+        return (self.executed or self.flops)(config, batch)
+
+    @staticmethod
+    def bytes_moved(arguments: Arguments, out: Tensor) -> int:
+        """Bytes of all inputs and of the output: the least traffic with memory."""
+        tensors = [x for x in tree_leaves(arguments) if isinstance(x, Tensor)]
+        return sum(x.numel() * x.element_size() for x in [*tensors, out])
+
+
+def _positions(config: FARConfig) -> int:
+    return config.buffer_size + config.num_tokens
+
+
+def _matrix(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return (torch.randn(rows, columns) / math.sqrt(columns)).to(dtype)
+
+
+def _vector(size: int, dtype: torch.dtype, mean: float = 0.0) -> Tensor:
+    return (mean + 0.1 * torch.randn(size)).to(dtype)
+
+
+def _attention(config: FARConfig, batch: int, dtype: torch.dtype) -> Arguments:
+    heads, length = config.num_heads, _positions(config)
+    qkv = torch.randn(2 * batch, length, 3, heads, config.width // heads)
+    return (qkv.to(dtype),), {}
+
+
+def _layernorm_attention_residual(config: FARConfig, batch: int, dtype: torch.dtype) -> Arguments:
+    width = config.width
+    args = (
+        torch.randn(2 * batch, _positions(config), width).to(dtype),
+        _vector(width, dtype, mean=1.0),
+        _vector(width, dtype),
+        _matrix(3 * width, width, dtype),
+        _vector(3 * width, dtype),
+        _matrix(width, width, dtype),
+        _vector(width, dtype),
+    )
+    return args, {"num_heads": config.num_heads}
+
+
+def _layernorm_mlp_residual(config: FARConfig, batch: int, dtype: torch.dtype) -> Arguments:
+    width, hidden = config.width, config.mlp_ratio * config.width
+    args = (
+        torch.randn(2 * batch, _positions(config), width).to(dtype),
+        _vector(width, dtype, mean=1.0),
+        _vector(width, dtype),
+        _matrix(hidden, width, dtype),
+        _vector(hidden, dtype),
+        _matrix(width, hidden, dtype),
+        _vector(width, dtype),
+    )
+    return args, {}
+
+
+def _adaln_mlp_block(config: FARConfig, batch: int, dtype: torch.dtype) -> Arguments:
+    width, rows = config.head_width, 2 * batch * config.num_tokens
+    args = (
+        *(torch.randn(rows, width).to(dtype) for _ in range(4)),
+        _vector(width, dtype, mean=1.0),
+        _vector(width, dtype),
+        _matrix(width, width, dtype),
+        _vector(width, dtype),
+        _matrix(width, width, dtype),
+        _vector(width, dtype),
+    )
+    return args, {}
+
+
+def _denoise_loop(config: FARConfig, batch: int, dtype: torch.dtype) -> Arguments:
+    rows, numbers = batch * config.num_tokens, config.token_dim
+    with torch.device("meta"):
+        shapes = DenoisingMLP(config).state_dict()
+    head = {
+        name: _matrix(*x.shape, dtype) if x.ndim == 2 else _vector(len(x), dtype)
+        for name, x in shapes.items()
+    }
+    # As after training, the variance channel stays near -1..1: outside, the noise explodes.
+    head["final_layer.linear.weight"] *= 0.1
+    args = (
+        head,
+        torch.randn(2 * rows, config.width).to(dtype),
+        config.num_levels // 2,
+        torch.randn(rows, numbers).to(dtype),
+        torch.randn(STEPS, rows, numbers).to(dtype),
+    )
+    # Bounded, as random weights would let the tokens grow without limit.
+    return args, {"guidance_scale": 3.0, "temperature": 1.0, "x0_range": (-3.0, 3.0)}
+
+
+def _denoise_loop_flops(config: FARConfig, batch: int) -> int:
+    rows, width = 2 * batch * config.num_tokens, config.head_width
+    condition = TIME_FEATURES * width + width**2 + config.width * width + width
+    body = (5 * config.head_depth + 2) * width**2 + 3 * config.token_dim * width
+    return STEPS * 2 * rows * (condition + body)
+
+
+def _denoise_loop_executed(config: FARConfig, batch: int) -> int:
+    """Condition once per row, time once per step, eps of both halves, variance of one."""
+    rows, width = batch * config.num_tokens, config.head_width
+    once = STEPS * (TIME_FEATURES * width + width**2) + 2 * rows * config.width * width + width
+    modulated = 2 * rows * (5 * config.head_depth + 2) * width**2
+    return 2 * (once + STEPS * (modulated + 4 * rows * config.token_dim * width))
+
+
+def _filter_mask_patchify(config: FARConfig, batch: int, dtype: torch.dtype) -> Arguments:
+    size = config.latent_size
+    latent = torch.randn(batch, config.latent_channels, size, size).to(dtype)
+    level = torch.arange(batch) % (config.num_levels - 1) + 1
+    mask = torch.rand(batch, config.num_tokens) < 0.5
+    kwargs = {
+        "patch_size": config.patch_size,
+        "num_levels": config.num_levels,
+        "kind": config.filter,
+    }
+    return (latent, level, mask), kwargs
+
+
+def _hybrid_loss(config: FARConfig, batch: int, dtype: torch.dtype) -> Arguments:
+    rows, numbers = 4 * batch * config.num_tokens, config.token_dim  # batch multiplier 4
+    timestep = torch.randint(config.num_timesteps, (rows,))
+    target, noise = torch.randn(2, rows, numbers)
+    schedule = reference.make_schedule(config.num_timesteps)
+    noised = reference.q_sample(target, noise, timestep, schedule)
+    output = torch.randn(rows, 2 * numbers)
+    tensors = (x.to(dtype) for x in (output, target, noise, noised))
+    return (*tensors, timestep), {"num_timesteps": config.num_timesteps}
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case(
+            "filter_mask_patchify",
+            _filter_mask_patchify,
+            lambda c, batch: 4 * batch * c.latent_channels * c.latent_size**3,
+        ),
+        Case(
+            "attention",
+            _attention,
+            lambda c, batch: 2 * batch * 4 * _positions(c) ** 2 * c.width,
+        ),
+        Case(
+            "layernorm_attention_residual",
+            _layernorm_attention_residual,
+            lambda c, batch: (
+                2 * batch * _positions(c) * (8 * c.width**2 + 4 * _positions(c) * c.width)
+            ),
+        ),
+        Case(
+            "layernorm_mlp_residual",
+            _layernorm_mlp_residual,
+            lambda c, batch: 2 * batch * _positions(c) * 4 * c.mlp_ratio * c.width**2,
+        ),
+        Case(
+            "adaln_mlp_block",
+            _adaln_mlp_block,
+            lambda c, batch: 2 * batch * c.num_tokens * 4 * c.head_width**2,
+        ),
+        Case("denoise_loop", _denoise_loop, _denoise_loop_flops, _denoise_loop_executed),
+        Case("hybrid_loss", _hybrid_loss, lambda c, batch: 0),
+    )
+}

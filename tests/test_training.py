@@ -1,0 +1,512 @@
+"""The training loop: exact resuming, interruption, bad gradients, full disks, recipes, export."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import TINY_MODEL, tiny_data, tiny_recipe
+
+from fastfar.config import FARConfig
+from fastfar.data import ImageDataset
+from fastfar.model import FAR
+from fastfar.pipeline import FARPipeline
+from fastfar.plan import SamplingPlan
+from fastfar.tokenizer import PixelTokenizer
+from fastfar.training import EMA, Recipe, Trainer, default_plan, export_model, export_run, loop
+from fastfar.training.loop import batch_rows, pixel_tokenizer
+from fastfar.training.state import read_log, read_state, recipe_changes
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def trainer(folder: Path, **changes: Any) -> Trainer:
+    return Trainer(tiny_recipe(**changes), tiny_data(), folder)
+
+
+def flat(value: Any) -> dict[str, Any]:
+    """Nested dictionaries and lists with one key per leaf."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    result: dict[str, Any] = {}
+    for key, entry in items:
+        if isinstance(entry, dict | list | tuple):
+            result |= {f"{key}.{name}": leaf for name, leaf in flat(entry).items()}
+        else:
+            result[str(key)] = entry
+    return result
+
+
+def assert_same_state(one: Path, other: Path) -> None:
+    """Bit-equal weights, averages, optimiser, step and recipe."""
+    first, second = flat(read_state(one)), flat(read_state(other))
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        same = torch.equal(value, second[name]) if torch.is_tensor(value) else value == second[name]
+        assert same, name
+
+
+# --- going on ---------------------------------------------------------------------------------
+
+
+def test_three_and_three_steps_are_six(tmp_path: Path) -> None:
+    whole = trainer(tmp_path / "whole")
+    assert whole.run(log_every=1, probe_every=2) == "finished"
+
+    stopping = trainer(tmp_path / "parts")
+
+    def stop_after_three(record: dict[str, float]) -> None:
+        torch.rand(7)  # what others draw must not matter
+        if stopping.step == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    assert stopping.run(log_every=1, probe_every=2, on_step=stop_after_three) == "interrupted"
+    assert stopping.step == 3 and read_state(tmp_path / "parts")["step"] == 3
+    torch.manual_seed(1234)
+    resumed = trainer(tmp_path / "parts")
+    assert resumed.step == 3 and resumed.changes == {}
+    assert resumed.run(log_every=1, probe_every=2) == "finished"
+
+    assert_same_state(tmp_path / "whole", tmp_path / "parts")
+    timed = ("time", "images_per_second")
+    logs = [
+        [{k: v for k, v in entry.items() if k not in timed} for entry in read_log(tmp_path / name)]
+        for name in ("whole", "parts")
+    ]
+    assert logs[0] == logs[1]
+    assert [entry["step"] for entry in logs[0]] == [1, 2, 3, 4, 5, 6]
+    assert {"loss", "grad_norm", "lr", "skipped"} <= logs[0][0].keys()
+    assert "eps_rmse_t999" in logs[0][1] and "eps_rmse_t999" not in logs[0][0]
+
+
+def test_a_step_leaves_the_random_numbers_of_others_alone(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    run = trainer(tmp_path)
+    run.train_step()
+    run.probe()
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_a_finished_run_stays_as_it_is(tmp_path: Path) -> None:
+    assert trainer(tmp_path).run() == "finished"
+    before = (tmp_path / "state.pt").stat().st_mtime_ns
+    again = trainer(tmp_path)
+    assert again.run() == "finished" and again.step == 6
+    assert (tmp_path / "state.pt").stat().st_mtime_ns == before
+
+
+def test_the_end_of_the_time_is_an_end(tmp_path: Path) -> None:
+    run = trainer(tmp_path, steps=1000)
+    assert run.run(minutes=1e-9) == "out of time"
+    assert read_state(tmp_path)["step"] == run.step < 1000
+
+
+_SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+from tiny_run import tiny_data, tiny_recipe
+from fastfar.training import Trainer
+torch.set_num_threads(1)
+run = Trainer(tiny_recipe(steps=100000), tiny_data(), Path(sys.argv[1]))
+print(run.run(log_every=1, on_log=lambda entry: print("step", flush=True)), run.step)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_from_outside_saves(tmp_path: Path, number: int) -> None:
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", _SCRIPT, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "step\n"
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    outcome, step = output.splitlines()[-1].split()
+    assert outcome == "interrupted" and read_state(tmp_path)["step"] == int(step) > 0
+    resumed = trainer(tmp_path, steps=int(step) + 1)
+    assert resumed.step == int(step) and resumed.run() == "finished"
+
+
+def test_a_killed_run_logs_no_step_twice(tmp_path: Path) -> None:
+    trainer(tmp_path, steps=4).run(log_every=1)
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss": 1.0}\n[]\n{"step": 6, "lo')
+    resumed = trainer(tmp_path)
+    assert [entry["step"] for entry in read_log(tmp_path)] == [1, 2, 3, 4]
+    resumed.run(log_every=1)
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_log_without_a_state_is_dropped(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    trainer(tmp_path)
+    assert read_log(tmp_path) == []
+
+
+# --- another recipe, other data, damaged files ------------------------------------------------
+
+
+def test_a_recipe_may_change_in_part(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer(tmp_path).run()
+    changes = {"steps": 9, "lr": 5e-4, "weight_decay": 0.5, "betas": (0.8, 0.9)}
+    with caplog.at_level(logging.WARNING, "fastfar"):
+        resumed = trainer(tmp_path, **changes)
+    assert resumed.changes == {
+        "steps": (6, 9),
+        "lr": (1e-3, 5e-4),
+        "weight_decay": (0.02, 0.5),
+        "betas": ((0.9, 0.95), (0.8, 0.9)),
+    }
+    assert "weight_decay = 0.5, which was 0.02" in caplog.text
+    decayed, free = resumed.optimizer.param_groups  # not the saved run's
+    assert decayed["weight_decay"] == 0.5 and free["weight_decay"] == 0.0
+    assert decayed["betas"] == (0.8, 0.9)
+    assert resumed.run() == "finished" and resumed.step == 9
+    assert json.loads((tmp_path / "recipe.json").read_text())["lr"] == 5e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"seed": 1}, "seed was 0"),
+        ({"batch_size": 4}, "batch_size was 8"),
+        ({"model": {**TINY_MODEL, "width": 64}}, "model was"),
+    ],
+)
+def test_a_recipe_of_another_run_is_refused(
+    tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    trainer(tmp_path, steps=1).run()
+    with pytest.raises(ValueError, match=named):
+        trainer(tmp_path, **changes)
+
+
+def test_a_preset_and_its_entries_are_one_model() -> None:
+    named = Recipe(model="demo")
+    assert recipe_changes(named, Recipe(model=FARConfig.preset("demo").to_dict())) == {}
+
+
+def test_other_images_are_refused(tmp_path: Path) -> None:
+    trainer(tmp_path, steps=1).run()
+    data = tiny_data()
+    with pytest.raises(ValueError, match="other images"):
+        Trainer(tiny_recipe(), ImageDataset(data.images + 1, data.labels, ()), tmp_path)
+
+
+def test_a_state_of_an_earlier_version_loads(tmp_path: Path) -> None:
+    """Without tokenizer and class names; exporting then needs the data."""
+    trainer(tmp_path).run()
+    state = read_state(tmp_path)
+    torch.save({k: v for k, v in state.items() if k not in ("tokenizer", "class_names")},
+               tmp_path / "state.pt")
+    assert trainer(tmp_path).step == 6
+    with pytest.raises(ValueError, match="needs its data"):
+        export_run(tmp_path, tmp_path / "export")
+    assert export_run(tmp_path, tmp_path / "export", load_data=tiny_data) == 6
+    pipe = FARPipeline.from_pretrained(tmp_path / "export")
+    assert pipe.tokenizer == pixel_tokenizer(tiny_data())
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"not a state", None])
+def test_a_damaged_state_says_so(tmp_path: Path, content: bytes | None) -> None:
+    if content is None:
+        torch.save({"model": {}}, tmp_path / "state.pt")
+    else:
+        (tmp_path / "state.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"state\.pt is"):
+        trainer(tmp_path)
+
+
+def test_no_state_says_so(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no training run"):
+        export_run(tmp_path, tmp_path / "export")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (tiny_data(4), "fewer than one batch"),
+        (tiny_data(channels=3), r"\(3, 8, 8\)"),
+        (ImageDataset(tiny_data().images, tiny_data().labels + 2, ()), r"classes 0\.\.3"),
+        (ImageDataset(tiny_data().images, tiny_data().labels[:9], ()), "9 labels"),
+    ],
+)
+def test_data_that_does_not_fit(tmp_path: Path, data: ImageDataset, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Trainer(tiny_recipe(), data, tmp_path)
+
+
+# --- things that go wrong ---------------------------------------------------------------------
+
+
+def with_bad_steps(run: Trainer, bad: Callable[[int], bool]) -> None:
+    """Make the loss of some steps not finite, and its gradients with it."""
+    plain = run.loss
+
+    def loss(*arguments: Any) -> torch.Tensor:
+        value: torch.Tensor = plain(*arguments)
+        return value * math.inf if bad(run.step) else value
+
+    run.loss = loss
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    run.train_step()
+    with_bad_steps(run, lambda step: step == 1)
+    kept = {name: value.clone() for name, value in flat(run.model.state_dict()).items()}
+    average = {name: value.clone() for name, value in run.ema.average.items()}
+    record = run.train_step()
+    assert record["skipped"] == 1.0 and run.step == 2
+    assert all(torch.equal(run.model.state_dict()[name], value) for name, value in kept.items())
+    assert all(torch.equal(run.ema.average[name], value) for name, value in average.items())
+    assert run.ema.updates == 1
+    assert int(run.optimizer.state_dict()["state"][0]["step"]) == 1
+    assert run.train_step()["skipped"] == 0.0
+    assert not torch.equal(run.model.z_proj.weight, kept["z_proj.weight"])
+
+
+def test_the_log_stays_json_when_a_step_is_skipped(tmp_path: Path) -> None:
+    run = trainer(tmp_path, steps=3)
+    with_bad_steps(run, lambda step: step in (0, 2))
+    run.run(log_every=2)
+    text = (tmp_path / "log.jsonl").read_text()
+    first, last = (json.loads(line, parse_constant=pytest.fail) for line in text.splitlines())
+    assert first["skipped"] == 1.0 and math.isfinite(first["loss"])
+    assert last["skipped"] == 1.0 and last["loss"] is None and last["grad_norm"] is None
+
+
+def test_a_run_that_has_diverged_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "MAX_SKIPPED", 3)
+    run = trainer(tmp_path, steps=100)
+    with_bad_steps(run, lambda step: step == 1 or step > 3)
+    with pytest.raises(ValueError, match="diverged at step 4"):
+        run.run(save_every=2)
+    assert read_state(tmp_path)["step"] == 6
+
+
+@pytest.mark.parametrize("where", ["simulated", "real"])
+def test_a_full_disk_keeps_the_last_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    run = trainer(tmp_path)
+    run.train_step()
+    run.save()
+    before = (tmp_path / "state.pt").read_bytes()
+    run.train_step()
+    expected = errno.ENOSPC if where == "simulated" else errno.EFBIG
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        if where == "simulated":
+
+            def full(*_: Any) -> None:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+            monkeypatch.setattr(torch, "save", full)
+        else:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        with pytest.raises(OSError, match="free space") as error:
+            run.save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert error.value.errno == expected
+    assert (tmp_path / "state.pt").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.json", "state.pt"]
+    monkeypatch.undo()
+    run.save()
+    assert trainer(tmp_path).step == 2
+
+
+def test_a_full_disk_on_the_way_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write, calls = loop.write_state, []
+
+    def full_at_first(folder: Path, state: Any) -> None:
+        calls.append(state["step"])
+        if len(calls) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(folder, state)
+
+    monkeypatch.setattr(loop, "write_state", full_at_first)
+    with caplog.at_level(logging.WARNING, "fastfar"):
+        assert trainer(tmp_path).run(save_every=2) == "finished"
+    assert calls == [2, 4, 6] and "step 2 was not saved" in caplog.text
+    assert read_state(tmp_path)["step"] == 6
+
+
+# --- pieces -----------------------------------------------------------------------------------
+
+
+def test_training_lowers_the_loss(tmp_path: Path) -> None:
+    losses: list[float] = []
+    run = trainer(tmp_path, steps=120, lr=3e-3, warmup_steps=10, ema_decay=0.98)
+    started = time.monotonic()
+    run.run(on_step=lambda record: losses.append(record["loss"]))
+    assert len(losses) == 120
+    first, last = sum(losses[:10]) / 10, sum(losses[-10:]) / 10
+    assert last < 0.75 * first, (first, last, time.monotonic() - started)
+
+
+def test_moving_average_warms_up() -> None:
+    model = torch.nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(2.0)
+    ema = EMA(model, 0.3)
+    expected = 2.0
+    for update, weight in enumerate([1.0, -3.0, 5.0, 0.5, 7.0]):
+        decay = min(0.3, (1 + update) / (10 + update))
+        assert ema.next_decay == pytest.approx(decay)
+        with torch.no_grad():
+            model.weight.fill_(weight)
+        ema.update(model)
+        expected = decay * expected + (1 - decay) * weight
+        assert ema.average["weight"].item() == pytest.approx(expected, rel=1e-6)
+    assert ema.next_decay == 0.3  # warm-up is over: 6 / 15 is more
+    other = EMA(torch.nn.Linear(1, 1, bias=False), 0.3)
+    other.load_state_dict(ema.state_dict())
+    assert other.updates == 5 and torch.equal(other.average["weight"], ema.average["weight"])
+    with pytest.raises(ValueError, match=r"another model.*bias"):
+        EMA(torch.nn.Linear(1, 1), 0.3).load_state_dict(ema.state_dict())
+    with pytest.raises(ValueError, match="decay"):
+        EMA(model, 1.5)
+
+
+def test_learning_rate_schedule() -> None:
+    recipe = Recipe(steps=100, lr=0.8, warmup_steps=4, decay_share=0.2)
+    rates = [recipe.learning_rate(step) for step in range(100)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8])
+    assert rates[80] == pytest.approx(0.8) and rates[90] == pytest.approx(0.4)
+    assert rates[99] == pytest.approx(0.04)
+    constant = Recipe(steps=10, lr=0.5, warmup_steps=0, decay_share=0.0)
+    assert {constant.learning_rate(step) for step in range(10)} == {0.5}
+
+
+def test_every_epoch_shows_every_image_once() -> None:
+    epochs = [
+        torch.cat([batch_rows(20, 5 * epoch + i, 4, seed=3) for i in range(5)]) for epoch in (0, 1)
+    ]
+    for rows in epochs:
+        assert sorted(rows.tolist()) == list(range(20))
+    assert not torch.equal(*epochs)
+    assert len(batch_rows(22, 4, 4, seed=3)) == 4 and len(batch_rows(22, 5, 4, seed=3)) == 4
+
+
+@pytest.mark.parametrize("channels", [None, 2])
+def test_pixel_statistics(channels: int | None) -> None:
+    data = tiny_data(channels=channels)
+    images, labels = data.take(torch.tensor([3, 0]))
+    assert images.shape == (2, channels or 1, 8, 8) and labels.tolist() == [3, 0]
+    assert torch.equal(images[0, 0], data.images[3].view(-1, 8, 8)[0] / 127.5 - 1.0)
+    everything = data.take(torch.arange(len(data)))[0].double()
+    tokenizer = pixel_tokenizer(data)
+    assert tokenizer.mean == pytest.approx(float(everything.mean()), abs=1e-6)
+    assert tokenizer.std == pytest.approx(float(everything.std()), abs=1e-6)
+
+
+def test_averaged_model_and_export(tmp_path: Path) -> None:
+    run = trainer(tmp_path / "run")
+    run.run()
+    model = run.averaged_model()
+    assert not model.training and run.model.training
+    for name, value in model.named_parameters():
+        assert torch.equal(value, run.ema.average[name])
+    assert any(not torch.equal(p, q) for p, q in zip(
+        model.parameters(), run.model.parameters(), strict=True))
+    assert export_run(tmp_path / "run", tmp_path / "out", torch.float32) == 6
+    pipe = FARPipeline.from_pretrained(tmp_path / "out")
+    assert pipe.class_names == run.data.class_names and pipe.tokenizer == run.tokenizer
+    assert pipe.plan == default_plan(run.model.config, run.tokenizer)
+    for name, value in pipe.model.state_dict().items():
+        assert torch.equal(value, run.ema.average[name]), name
+    export_model(tmp_path / "half", model, run.tokenizer, run.data.class_names)
+    stored = FAR.from_pretrained(tmp_path / "half")
+    assert {p.dtype for p in stored.parameters()} == {torch.bfloat16}
+
+
+def test_default_plan() -> None:
+    tokenizer = PixelTokenizer(-0.5, 0.25)
+    plan = default_plan(FARConfig.preset("demo"), tokenizer)
+    assert plan.levels[0] == 0 and list(plan.levels[1:]) == sorted(set(plan.levels[1:]))
+    assert plan.input_levels[1:] == plan.levels[1:]
+    assert plan.x0_range == tokenizer.x0_range == (-2.0, 6.0)
+    assert plan.mask_ratios is not None and plan.mask_ratios[0] == 1.0
+    assert SamplingPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    few = FARConfig(num_levels=4)
+    default_plan(few, tokenizer).check_fits(few.num_levels)
+
+
+# --- recipes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"stepz": 3}, "stepz"),
+        ({"steps": 0}, "steps must be a whole number of at least 1"),
+        ({"steps": 1.5}, "steps"),
+        ({"steps": "many"}, "steps.*'many'"),
+        ({"batch_size": True}, "batch_size"),
+        ({"seed": -1}, "seed"),
+        ({"warmup_steps": -1}, "warmup_steps"),
+        ({"lr": 0.0}, "lr must be positive"),
+        ({"lr": math.nan}, "lr must be a finite number"),
+        ({"clip": "x"}, "clip"),
+        ({"weight_decay": -0.1}, "weight_decay"),
+        ({"betas": [0.9]}, "betas must be two numbers"),
+        ({"betas": [0.9, 1.0]}, "betas"),
+        ({"ema_decay": 1.5}, "ema_decay"),
+        ({"label_dropout": -0.5}, "label_dropout"),
+        ({"mask_rule": "diagonal"}, "mask_rule must be one of"),
+        ({"level_weight": "cosine"}, "level_weight"),
+        ({"dtype": "float8"}, "dtype"),
+        ({"data": "imagenet"}, "data"),
+        ({"compile": "yes"}, "compile"),
+        ({"model": "giant"}, "giant"),
+        ({"model": {"widthh": 3}}, "widthh"),
+        ({"model": {"width": "wide"}}, "model"),
+        ({"model": 3}, "model must be"),
+    ],
+)
+def test_wrong_recipes(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Recipe.from_dict(values)
+
+
+def test_recipe_files(tmp_path: Path) -> None:
+    demo = Recipe.load("demo")
+    assert demo.config == FARConfig.preset("demo")
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(demo.with_changes({"lr": 1e-5}).to_dict()))
+    assert Recipe.load(path) == demo.with_changes({"lr": 1e-5}) != demo
+    with pytest.raises(ValueError, match="there are.*demo"):
+        Recipe.load("far")
+    with pytest.raises(FileNotFoundError, match=r"none\.json"):
+        Recipe.load(tmp_path / "none.json")
+    for text, message in (("{", "not valid JSON"), ("[]", "one JSON object"), ('{"a": 1}', "'a'")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            Recipe.load(path)
