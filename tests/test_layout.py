@@ -50,7 +50,7 @@ LAYERS: tuple[set[str], ...] = (
     {"sampling", "graphs", "training", "baselines"},
     {"pipeline", "pictures"},
     {"evaluation"},
-    {"cli"},
+    {"cli", "__main__"},
 )
 LAYER = {module: index for index, layer in enumerate(LAYERS) for module in layer}
 

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from test_reference import NUM_HEADS, Recorded, relative
+from torch import Tensor
 
 from fastfar import reference
 

@@ -1,4 +1,4 @@
-"""The training loop: exact resuming, interruption, bad gradients, full disks, recipes, export."""
+"""The training loop: exact resuming, interruption, bad gradients, full disks, export."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from fastfar.model import FAR
 from fastfar.pipeline import FARPipeline
 from fastfar.plan import SamplingPlan
 from fastfar.tokenizer import PixelTokenizer
-from fastfar.training import EMA, Recipe, Trainer, default_plan, export_model, export_run, loop
+from fastfar.training import EMA, Trainer, default_plan, export_model, export_run, loop
 from fastfar.training.loop import batch_rows, pixel_tokenizer
-from fastfar.training.state import read_log, read_state, recipe_changes
+from fastfar.training.state import read_log, read_state
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -200,11 +200,6 @@ def test_a_recipe_of_another_run_is_refused(
     trainer(tmp_path, steps=1).run()
     with pytest.raises(ValueError, match=named):
         trainer(tmp_path, **changes)
-
-
-def test_a_preset_and_its_entries_are_one_model() -> None:
-    named = Recipe(model="demo")
-    assert recipe_changes(named, Recipe(model=FARConfig.preset("demo").to_dict())) == {}
 
 
 def test_other_images_are_refused(tmp_path: Path) -> None:
@@ -395,16 +390,6 @@ def test_moving_average_warms_up() -> None:
         EMA(model, 1.5)
 
 
-def test_learning_rate_schedule() -> None:
-    recipe = Recipe(steps=100, lr=0.8, warmup_steps=4, decay_share=0.2)
-    rates = [recipe.learning_rate(step) for step in range(100)]
-    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8])
-    assert rates[80] == pytest.approx(0.8) and rates[90] == pytest.approx(0.4)
-    assert rates[99] == pytest.approx(0.04)
-    constant = Recipe(steps=10, lr=0.5, warmup_steps=0, decay_share=0.0)
-    assert {constant.learning_rate(step) for step in range(10)} == {0.5}
-
-
 def test_every_epoch_shows_every_image_once() -> None:
     epochs = [
         torch.cat([batch_rows(20, 5 * epoch + i, 4, seed=3) for i in range(5)]) for epoch in (0, 1)
@@ -457,56 +442,3 @@ def test_default_plan() -> None:
     assert SamplingPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
     few = FARConfig(num_levels=4)
     default_plan(few, tokenizer).check_fits(few.num_levels)
-
-
-# --- recipes ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"stepz": 3}, "stepz"),
-        ({"steps": 0}, "steps must be a whole number of at least 1"),
-        ({"steps": 1.5}, "steps"),
-        ({"steps": "many"}, "steps.*'many'"),
-        ({"batch_size": True}, "batch_size"),
-        ({"seed": -1}, "seed"),
-        ({"warmup_steps": -1}, "warmup_steps"),
-        ({"lr": 0.0}, "lr must be positive"),
-        ({"lr": math.nan}, "lr must be a finite number"),
-        ({"clip": "x"}, "clip"),
-        ({"weight_decay": -0.1}, "weight_decay"),
-        ({"betas": [0.9]}, "betas must be two numbers"),
-        ({"betas": [0.9, 1.0]}, "betas"),
-        ({"ema_decay": 1.5}, "ema_decay"),
-        ({"label_dropout": -0.5}, "label_dropout"),
-        ({"mask_rule": "diagonal"}, "mask_rule must be one of"),
-        ({"level_weight": "cosine"}, "level_weight"),
-        ({"dtype": "float8"}, "dtype"),
-        ({"data": "imagenet"}, "data"),
-        ({"compile": "yes"}, "compile"),
-        ({"model": "giant"}, "giant"),
-        ({"model": {"widthh": 3}}, "widthh"),
-        ({"model": {"width": "wide"}}, "model"),
-        ({"model": 3}, "model must be"),
-    ],
-)
-def test_wrong_recipes(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Recipe.from_dict(values)
-
-
-def test_recipe_files(tmp_path: Path) -> None:
-    demo = Recipe.load("demo")
-    assert demo.config == FARConfig.preset("demo")
-    path = tmp_path / "mine.json"
-    path.write_text(json.dumps(demo.with_changes({"lr": 1e-5}).to_dict()))
-    assert Recipe.load(path) == demo.with_changes({"lr": 1e-5}) != demo
-    with pytest.raises(ValueError, match="there are.*demo"):
-        Recipe.load("far")
-    with pytest.raises(FileNotFoundError, match=r"none\.json"):
-        Recipe.load(tmp_path / "none.json")
-    for text, message in (("{", "not valid JSON"), ("[]", "one JSON object"), ('{"a": 1}', "'a'")):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=message):
-            Recipe.load(path)

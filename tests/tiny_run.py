@@ -1,12 +1,18 @@
-"""A training run of a few seconds: a tiny model, and images whose classes differ."""
+"""A tiny pipeline, and a training run of a few seconds on images whose classes differ."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from formula import fill_by_formula
 
+from fastfar.config import FARConfig
 from fastfar.data import ImageDataset
+from fastfar.model import FAR
+from fastfar.pipeline import FARPipeline
+from fastfar.plan import SamplingPlan, cosine_mask_ratios
+from fastfar.tokenizer import PixelTokenizer
 from fastfar.training import Recipe
 
 TINY_MODEL = {
@@ -53,3 +59,23 @@ def tiny_data(count: int = 20, channels: int | None = None) -> ImageDataset:
     if channels is not None:
         images = images[:, None].expand(-1, channels, -1, -1).contiguous()
     return ImageDataset(images, labels, ("bottom", "top", "right", "left"))
+
+
+def tiny_pipeline(channels: int = 1) -> FARPipeline:
+    """Three masked outer steps of two diffusion steps each; images of 8 x 8 pixels."""
+    model = FAR(FARConfig.from_dict({**TINY_MODEL, "latent_channels": channels})).eval()
+    fill_by_formula(model)
+    with torch.no_grad():  # a variance channel far outside [-1, 1] would overflow
+        model.head.final_layer.linear.weight *= 0.2
+    tokenizer = PixelTokenizer(-0.25, 0.5)
+    plan = SamplingPlan(
+        levels=(0, 3, 10),
+        input_levels=(None, 3, 10),
+        guidance_scale=2.0,
+        guidance_ramp=(0.0, 0.5, 1.0),
+        temperatures=(0.9, 0.9, 1.0),
+        diffusion_steps=(2, 2, 2),
+        mask_ratios=cosine_mask_ratios(3),
+        x0_range=tokenizer.x0_range,
+    )
+    return FARPipeline(model, tokenizer, plan, ("bottom", "top", "right", "left side"))

@@ -93,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if args.output.suffix.lower() != ".png":
         raise ValueError(f"--output must end in .png, got {args.output}")
+    if args.output.is_dir():
+        raise ValueError(f"--output {args.output} is a folder; give the name of a file")
     _check_writable(args.output.parent)
     if args.images is not None:
         _check_writable(args.images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 
 import pytest
@@ -165,6 +166,22 @@ def test_rows_are_independent() -> None:
         **options,
     )
     assert relative(together[2:3], alone) < 1e-12
+
+
+@pytest.mark.parametrize("halves, scale", [(1, 1.0), (2, 3.0)])
+@pytest.mark.parametrize("block", [1, 4, 13, 100])
+def test_row_blocks(block: int, halves: int, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the rows are cut, the last block being shorter, the result is the same."""
+    module = importlib.import_module("fastfar.ops.denoise_loop")
+    monkeypatch.setattr(module, "CPU_ROW_BLOCK", block)
+    assert_close_to_reference(
+        *OPS,
+        *inputs(13, 3, halves).args(),
+        dtype=torch.float64,
+        layers=12,
+        guidance_scale=scale,
+        temperature=1.0,
+    )
 
 
 def test_bad_shapes() -> None:
