@@ -168,7 +168,13 @@ class FARPipeline:
 
 
 def to_pil(images_BHWC: npt.NDArray[np.float32]) -> list[Image.Image]:
-    """8-bit PIL images of an array in [0, 1]; one channel becomes grey."""
+    """8-bit PIL images of an array in [0, 1]; one channel becomes grey.
+
+    Raises:
+        ValueError: NaN or infinity in the images.
+    """
+    if not np.isfinite(images_BHWC).all():
+        raise ValueError("images hold NaN or infinity: the sampling run diverged")
     bytes_BHWC = (images_BHWC * 255.0).round().astype(np.uint8)
     return [
         Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in bytes_BHWC

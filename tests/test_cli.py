@@ -171,6 +171,13 @@ def test_the_batch_size_changes_no_image(checkpoint: str, tmp_path: Path) -> Non
     assert np.abs(shown[0][0] - shown[0][1]).max() > 5  # not all alike
 
 
+def test_sample_by_a_published_plan(checkpoint: str, tmp_path: Path, capsys: Captured) -> None:
+    size = ["--diffusion-steps", "2", "--classes", "1", "--per-class", "1"]
+    where = ["--output", str(tmp_path / "grid.png"), "--quiet", "--json"]
+    assert cli.main(["sample", checkpoint, "--plan", "official-mask", *size, *where]) == 0
+    assert json.loads(capsys.readouterr().out)["diffusion_steps"] == [2] * 11
+
+
 def test_sample_shows_the_levels(checkpoint: str, tmp_path: Path, capsys: Captured) -> None:
     path = tmp_path / "out.png"
     options = ["--classes", "0,2", "--per-class", "3", "--batch-size", "4", "--levels"]

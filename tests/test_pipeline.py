@@ -228,3 +228,8 @@ def test_pictures_are_pil_images(pipe: FARPipeline) -> None:
     output = pipe(class_labels=[3], generator=torch.Generator().manual_seed(0))
     assert isinstance(output, ImagePipelineOutput)
     assert isinstance(output.images[0], Image.Image) and output.images[0].size == (8, 8)
+
+
+def test_images_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(ValueError, match="NaN"):
+        to_pil(np.full((1, 4, 4, 1), np.nan, dtype=np.float32))

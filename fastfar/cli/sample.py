@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fastfar.plan import SamplingPlan
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+_PLANS = ("official-nomask", "official-mask", "paper-nomask", "paper-mask")
 _TOKENS_PER_BATCH = 4096
 _MANY_CLASSES = 20
 
@@ -62,6 +63,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     add("--per-class", metavar="N", type=int, default=6, help="images per class (%(default)s)")
     add("--seed", metavar="N", type=int, default=0, help="(%(default)s)")
+    add("--plan", choices=_PLANS, help="a published schedule instead of the checkpoint's own")
     add("--guidance-scale", metavar="S", type=float, help="1 is none (default: the checkpoint's)")
     add("--diffusion-steps", metavar="T", type=int, help="per level (default: the checkpoint's)")
     add("--backend", metavar="NAME", default="auto", help="auto, reference, torch, native, triton")
@@ -208,6 +210,16 @@ def parse_classes(text: str | None, num_classes: int, names: Sequence[str] | Non
     return labels
 
 
+def _plan(name: str | None, pipe: FARPipeline) -> SamplingPlan:
+    """The plan called `name`, with the bounds on x0 of the checkpoint's own."""
+    if name is None:
+        return pipe.plan
+    rule, mode = name.split("-")
+    plan_class = type(pipe.plan)
+    plan = plan_class.paper(mode) if rule == "paper" else plan_class.official(mode)
+    return plan.with_changes(x0_range=pipe.plan.x0_range)
+
+
 class _Job:
     """One run: what is sampled, and the images that are finished."""
 
@@ -218,7 +230,7 @@ class _Job:
 
         self.args, self.pipe = args, pipe
         config = pipe.model.config
-        self.plan: SamplingPlan = pipe.plan.with_changes(
+        self.plan: SamplingPlan = _plan(args.plan, pipe).with_changes(
             guidance_scale=args.guidance_scale, diffusion_steps=args.diffusion_steps
         )
         self.classes = parse_classes(args.classes, config.num_classes, pipe.class_names)
