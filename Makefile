@@ -16,7 +16,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt fastfar/_version.py $(wildcard
 .PHONY: demo test test-gpu lint format wheel clean
 
 demo: $(VENV)/installed
-	$(BIN)/fastfar sample --classes 0,1,2,3,4,5,6,7,8,9 --per-class 6 --output outputs/demo.png
+	$(BIN)/fastfar sample --classes 0,1,2,3,4,5,6,7,8,9 --per-class 3 --scale 3 --output outputs/demo.png
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest

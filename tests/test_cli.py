@@ -199,7 +199,8 @@ def test_sample_shows_the_levels(checkpoint: str, tmp_path: Path, capsys: Captur
 
 def test_labels_are_written_beside_the_rows(checkpoint: str, tmp_path: Path) -> None:
     path = tmp_path / "out.png"
-    assert cli.main(["sample", checkpoint, "--quiet", "--labels", "--output", str(path)]) == 0
+    options = ["--quiet", "--labels", "--per-class", "6", "--output", str(path)]
+    assert cli.main(["sample", checkpoint, *options]) == 0
     grid = picture(path)
     assert grid.shape[0] == 4 * 8 + 3 * 2 and grid.shape[1] > 6 * 8 + 5 * 2 + 20
 

@@ -29,7 +29,7 @@ Sample images and write them as one PNG grid, one row per class. Image i of a ru
 seed and on i alone, so --batch-size changes the speed and not the images."""
 
 _EPILOG = """examples:
-  fastfar sample                                  # 6 images of each class of the embedded demo
+  fastfar sample                                  # one image of each class of the embedded demo
   fastfar sample --classes "trouser,ankle boot" --per-class 8 --seed 1 --scale 4
   fastfar sample --classes 0,1,2 --levels --output outputs/levels.png
   fastfar sample far_huge --vae kl16.ckpt --classes 207 --per-class 1 --guidance-scale 3
@@ -61,7 +61,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="numbers or names with commas between them (default: all classes; ten of them where "
         f"the model has more than {_MANY_CLASSES})",
     )
-    add("--per-class", metavar="N", type=int, default=6, help="images per class (%(default)s)")
+    add("--per-class", metavar="N", type=int, default=1, help="images per class (%(default)s)")
     add("--seed", metavar="N", type=int, default=0, help="(%(default)s)")
     add("--plan", choices=_PLANS, help="a published schedule instead of the checkpoint's own")
     add("--guidance-scale", metavar="S", type=float, help="1 is none (default: the checkpoint's)")
