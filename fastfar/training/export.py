@@ -30,6 +30,7 @@ def default_plan(config: FARConfig, tokenizer: PixelTokenizer | KLVAE) -> Sampli
     is low-passed to the level that it is told. Guidance and temperature rise as in
     `SamplingPlan.official("mask")`. x0 is bounded by what the tokenizer can show: a short training
     does not predict the noise near t = 999 well enough to do without (a KL-VAE has no bound).
+    Levels, guidance and T = 16 are those that measured best on the demo (benchmarks/LOG.md).
     """
     levels = (0, *range(2, min(config.num_levels, 10) + 1))
     n = len(levels)
@@ -39,7 +40,7 @@ def default_plan(config: FARConfig, tokenizer: PixelTokenizer | KLVAE) -> Sampli
         guidance_scale=3.0,
         guidance_ramp=tuple(k / n for k in range(n)),
         temperatures=tuple(0.85 + 0.15 * k / n for k in range(n)),
-        diffusion_steps=(100,) * n,
+        diffusion_steps=(16,) * n,
         mask_ratios=cosine_mask_ratios(n),
         x0_range=tokenizer.x0_range if isinstance(tokenizer, PixelTokenizer) else None,
     )
