@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 FOLDER = Path(__file__).resolve().parent / "lib"
 NOT_BUILT = (
     "the native library was not built (no C++ compiler or no CMake at installation); "
@@ -24,7 +24,13 @@ NOT_BUILT = (
 
 _INT = ctypes.c_int32
 _SIZE = ctypes.c_int64
+_REAL = ctypes.c_float
 _POINTER = ctypes.c_void_p
+
+# Numbers in memory (FASTFAR_FLOAT32, FASTFAR_BFLOAT16).
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+# Functions that are no operations.
 _SIGNATURES: dict[str, tuple[type, tuple[type, ...]]] = {
     "fastfar_abi_version": (_INT, ()),
     "fastfar_isa_count": (_INT, ()),
@@ -33,8 +39,25 @@ _SIGNATURES: dict[str, tuple[type, tuple[type, ...]]] = {
     "fastfar_isa_best": (_INT, ()),
     "fastfar_isa_selected": (_INT, ()),
     "fastfar_isa_select": (_INT, (_INT,)),
-    "fastfar_selftest": (_INT, (_SIZE, _SIZE, _SIZE, _POINTER, _POINTER, _POINTER)),
+    "fastfar_packed_bytes": (_SIZE, (_INT, _SIZE, _SIZE)),
 }
+
+# Operations: the fields of fastfar_<op>_args in order. After the colon: i int32, q int64, f float,
+# p pointer. A test holds this table to the header.
+_OPERATIONS: dict[str, str] = {
+    "pack": "dtype:i source_dtype:i n:q k:q stride_n:q stride_k:q w:p packed:p",
+    "selftest": "m:q n:q k:q a_MK:p b_KN:p c_MN:p",
+}
+_KINDS: dict[str, type] = {"i": _INT, "q": _SIZE, "f": _REAL, "p": _POINTER}
+
+
+def _structure(op: str) -> type[ctypes.Structure]:
+    fields = [tuple(field.split(":")) for field in _OPERATIONS[op].split()]
+    return type(
+        f"fastfar_{op}_args",
+        (ctypes.Structure,),
+        {"_fields_": [(name, _KINDS[kind]) for name, kind in fields]},
+    )
 
 
 def library_path() -> Path:
@@ -51,11 +74,17 @@ class NativeLibrary:
             raise FileNotFoundError(NOT_BUILT)
         self.path = path
         self._c = ctypes.CDLL(str(path))
+        self._structures: dict[str, type[ctypes.Structure]] = {}
         try:
             for name, (result, arguments) in _SIGNATURES.items():
                 function = getattr(self._c, name)
                 function.restype = result
                 function.argtypes = arguments
+            for op in _OPERATIONS:
+                structure = self._structures[op] = _structure(op)
+                function = getattr(self._c, f"fastfar_{op}")
+                function.restype = _INT
+                function.argtypes = (ctypes.POINTER(structure),)
         except AttributeError as error:
             raise OSError(f"{path} is of another fastfar ({error}); reinstall fastfar") from error
         version = self._c.fastfar_abi_version()
@@ -100,6 +129,34 @@ class NativeLibrary:
         self._c.fastfar_isa_select(self._names.index(name))
         return name
 
+    def call(self, op: str, **fields: Tensor | float | None) -> int:
+        """Run operation `op` on the selected set; returns its status, which is not negative.
+
+        fields: every field of fastfar_<op>_args by name. A tensor stands for the address of its
+        first number, None for a null pointer. The caller answers for dtypes, layouts and sizes, and
+        keeps the tensors alive.
+
+        Raises RuntimeError when the library refuses the arguments.
+        """
+        structure = self._structures[op]
+        values = {
+            name: value.data_ptr() if isinstance(value, Tensor) else value
+            for name, value in fields.items()
+        }
+        names = [field[0] for field in structure._fields_]
+        if list(values) != names:
+            raise TypeError(f"fastfar_{op} takes {names} in this order, got {list(values)}")
+        arguments = structure(*values.values())
+        status: int = getattr(self._c, f"fastfar_{op}")(ctypes.byref(arguments))
+        if status < 0:
+            raise RuntimeError(f"fastfar_{op} refused its arguments (code {status}): {fields}")
+        return status
+
+    def packed_bytes(self, dtype: torch.dtype, n: int, k: int) -> int:
+        """Bytes of an (n, k) matrix of weights in tile order."""
+        size: int = self._c.fastfar_packed_bytes(DTYPES[dtype], n, k)
+        return size
+
     def selftest(self, a_MK: Tensor, b_KN: Tensor) -> tuple[Tensor, str]:
         """bf16(a) bf16(b) with float32 sums, and the instruction set whose code ran.
 
@@ -121,11 +178,7 @@ class NativeLibrary:
             return c_MN, self.selected
         if k == 0:
             return c_MN.zero_(), self.selected
-        status: int = self._c.fastfar_selftest(
-            m, n, k, a_MK.data_ptr(), b_KN.data_ptr(), c_MN.data_ptr()
-        )
-        if status < 0:
-            raise RuntimeError(f"fastfar_selftest refused its arguments (code {status})")
+        status = self.call("selftest", m=m, n=n, k=k, a_MK=a_MK, b_KN=b_KN, c_MN=c_MN)
         return c_MN, self._names[status]
 
 

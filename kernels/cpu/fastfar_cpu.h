@@ -1,9 +1,16 @@
 /* The flat C interface of fastfar's native CPU library: the only header that is seen from outside.
  *
- * Rules that hold for every function:
- *   - no framework types: tensors cross as pointers, sizes in elements, strides only where stated;
- *   - nothing is allocated: the caller passes outputs and scratch;
+ * Rules that hold for every operation `int32_t fastfar_<op>(const fastfar_<op>_args*)`:
+ *   - no framework types: tensors cross as pointers, sizes and strides in elements;
+ *   - row-major and contiguous unless a stride says otherwise;
+ *   - nothing is allocated: the caller passes outputs and scratch. Scratch needs no initial value
+ *     and starts at a multiple of 64 bytes; `fastfar_<op>_scratch` says how many bytes;
+ *   - `threads` is how many threads may work, the calling one among them (see threads.h);
  *   - a negative result is one of the FASTFAR_ERROR_ codes, anything else is a success.
+ *
+ * Shape suffixes as in the Python package: M rows, N output features, K input features, B image,
+ * S position, D transformer width, H attention head, E width of a head, W width of the denoising
+ * MLP, P numbers of a token, T diffusion step.
  *
  * Instruction sets are numbered from the slowest to the fastest. One is selected per process (the
  * fastest usable one unless fastfar_isa_select says otherwise) and every operation runs on it.
@@ -13,7 +20,7 @@
 
 #include <stdint.h>
 
-#define FASTFAR_ABI_VERSION 1
+#define FASTFAR_ABI_VERSION 2
 
 #define FASTFAR_ISA_SCALAR 0
 #define FASTFAR_ISA_AVX2 1
@@ -24,6 +31,11 @@
 
 #define FASTFAR_ERROR_ARGUMENT (-1) /* null pointer, negative size, number out of range */
 #define FASTFAR_ERROR_ISA (-2)      /* this machine or this build cannot serve that set */
+
+/* Numbers in memory, and the arithmetic of an operation: FLOAT32 multiplies float32, BFLOAT16
+ * rounds both factors of a product to bfloat16. Sums are float32 in both. */
+#define FASTFAR_FLOAT32 0
+#define FASTFAR_BFLOAT16 1
 
 #define FASTFAR_API __attribute__((visibility("default")))
 
@@ -52,11 +64,36 @@ FASTFAR_API int32_t fastfar_isa_selected(void);
 /* Selects a set for all later calls of this process; returns it, or an error code. */
 FASTFAR_API int32_t fastfar_isa_select(int32_t isa);
 
+/* --- weights in tile order -------------------------------------------------------------------- */
+
+/* Bytes of a packed (n, k) matrix. Panels of 32 outputs, one after the other; in each, one block
+ * for every 32 inputs: two tiles of (16 input pairs, 16 outputs, 2) in bfloat16, or (32 inputs, 32
+ * outputs) in float32. Rows and columns beyond n and k are zero. The same for every instruction
+ * set. */
+FASTFAR_API int64_t fastfar_packed_bytes(int32_t dtype, int64_t n, int64_t k);
+
+/* packed = w_NK in tile order. */
+typedef struct {
+  int32_t dtype;        /* of the packed weights */
+  int32_t source_dtype; /* of w */
+  int64_t n, k;
+  int64_t stride_n, stride_k; /* of w; a transpose swaps them */
+  const void* w;
+  void* packed; /* fastfar_packed_bytes(dtype, n, k) bytes, 64-byte aligned */
+} fastfar_pack_args;
+FASTFAR_API int32_t fastfar_pack(const fastfar_pack_args* args);
+
+/* --- proof of dispatch ------------------------------------------------------------------------ */
+
 /* c_MN = bf16(a_MK) bf16(b_KN): float32 operands rounded to bfloat16 (nearest even), products
- * summed in float32. Row-major and contiguous; any m, n, k >= 0. Returns the instruction set whose
- * code ran, which proves the dispatch, or an error code. */
-FASTFAR_API int32_t fastfar_selftest(int64_t m, int64_t n, int64_t k, const float* a_MK,
-                                     const float* b_KN, float* c_MN);
+ * summed in float32; any m, n, k >= 0. Returns the instruction set whose code ran. */
+typedef struct {
+  int64_t m, n, k;
+  const float* a_MK;
+  const float* b_KN;
+  float* c_MN;
+} fastfar_selftest_args;
+FASTFAR_API int32_t fastfar_selftest(const fastfar_selftest_args* args);
 
 #ifdef __cplusplus
 } /* extern "C" */

@@ -8,24 +8,30 @@
 
 #include <cstdint>
 
+#include "fastfar_cpu.h"
+
+// Every operation, by name: `int32_t fastfar_<op>(const fastfar_<op>_args*)` in fastfar_cpu.h,
+// `int32_t <op>(const fastfar_<op>_args&)` in <op>.cc. A new operation adds its name here.
+#define FASTFAR_EACH_OP(X) \
+  X(pack)                  \
+  X(selftest)
+
 namespace fastfar {
 
-// Operations, with the meaning given in fastfar_cpu.h. Arguments were checked by table.cc.
-using SelftestFn = int32_t(int64_t m, int64_t n, int64_t k, const float* a_MK, const float* b_KN,
-                           float* c_MN);
-
+#define FASTFAR_MEMBER(op) int32_t (*op)(const fastfar_##op##_args&);
 struct Ops {
-  SelftestFn* selftest;
+  FASTFAR_EACH_OP(FASTFAR_MEMBER)
 };
+#undef FASTFAR_MEMBER
 
-// Declares the functions of one instruction set and its table `kOps`. A new operation adds its
-// type and its member above, one line to each half here, and its entry point in table.cc.
-#define FASTFAR_DECLARE_TARGET(target) \
-  namespace target {                   \
-  SelftestFn selftest;                 \
-  constexpr Ops kOps = {               \
-      &selftest,                       \
-  };                                   \
+#define FASTFAR_FUNCTION(op) int32_t op(const fastfar_##op##_args&);
+#define FASTFAR_ENTRY(op) &op,
+
+// Declares the functions of one instruction set and its table `kOps`.
+#define FASTFAR_DECLARE_TARGET(target)                        \
+  namespace target {                                          \
+  FASTFAR_EACH_OP(FASTFAR_FUNCTION)                           \
+  constexpr Ops kOps = {FASTFAR_EACH_OP(FASTFAR_ENTRY)};      \
   }
 
 }  // namespace fastfar

@@ -185,8 +185,12 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 }  // namespace
 
-int32_t selftest(int64_t m, int64_t n, int64_t k, const float* a_MK, const float* b_KN,
-                 float* c_MN) {
+int32_t selftest(const fastfar_selftest_args& args) {
+  const int64_t m = args.m, n = args.n, k = args.k;
+  const float *a_MK = args.a_MK, *b_KN = args.b_KN;
+  float* c_MN = args.c_MN;
+  if (m < 0 || n < 0 || k < 0) return FASTFAR_ERROR_ARGUMENT;
+  if (a_MK == nullptr || b_KN == nullptr || c_MN == nullptr) return FASTFAR_ERROR_ARGUMENT;
   Tiles t;
   begin();
   for (int64_t i0 = 0; i0 < m; i0 += kRows) {

@@ -99,9 +99,14 @@ int32_t fastfar_isa_select(int32_t isa) {
   return isa;
 }
 
-int32_t fastfar_selftest(int64_t m, int64_t n, int64_t k, const float* a_MK, const float* b_KN,
-                         float* c_MN) {
-  if (m < 0 || n < 0 || k < 0) return FASTFAR_ERROR_ARGUMENT;
-  if (a_MK == nullptr || b_KN == nullptr || c_MN == nullptr) return FASTFAR_ERROR_ARGUMENT;
-  return ops().selftest(m, n, k, a_MK, b_KN, c_MN);
+#define FASTFAR_DEFINE(op)                                  \
+  int32_t fastfar_##op(const fastfar_##op##_args* args) {   \
+    if (args == nullptr) return FASTFAR_ERROR_ARGUMENT;     \
+    return ops().op(*args);                                 \
+  }
+FASTFAR_EACH_OP(FASTFAR_DEFINE)
+
+int64_t fastfar_packed_bytes(int32_t dtype, int64_t n, int64_t k) {
+  const int64_t size = dtype == FASTFAR_BFLOAT16 ? 2 : 4;
+  return size * ((n + 31) / 32 * 32) * ((k + 31) / 32 * 32);
 }
