@@ -45,10 +45,20 @@ _SIGNATURES: dict[str, tuple[type, tuple[type, ...]]] = {
 # Operations: the fields of fastfar_<op>_args in order. After the colon: i int32, q int64, f float,
 # p pointer. A test holds this table to the header.
 _OPERATIONS: dict[str, str] = {
+    "denoise_loop": (
+        "dtype:i threads:i rows:q halves:q width:q depth:q channels:q condition_width:q steps:q "
+        "rows_per_task:q weights:p vectors:p condition_MD:p time_TW:p table:p initial_NP:p "
+        "noise_TNP:p level:f guidance_scale:f x0_low:f x0_high:f out_NP:p scratch:p"
+    ),
     "pack": "dtype:i source_dtype:i n:q k:q stride_n:q stride_k:q w:p packed:p",
+    "peak": "dtype:i threads:i iterations:q numbers:q buffer:p results:p work:p",
     "selftest": "m:q n:q k:q a_MK:p b_KN:p c_MN:p",
 }
 _KINDS: dict[str, type] = {"i": _INT, "q": _SIZE, "f": _REAL, "p": _POINTER}
+
+
+# Operations that tell how much scratch they need, by fastfar_<op>_scratch.
+_WITH_SCRATCH = {"denoise_loop"}
 
 
 def _structure(op: str) -> type[ctypes.Structure]:
@@ -81,10 +91,16 @@ class NativeLibrary:
                 function.restype = result
                 function.argtypes = arguments
             for op in _OPERATIONS:
+                if not hasattr(self._c, f"fastfar_{op}"):
+                    continue  # TEMPORARY: while ops are being added
                 structure = self._structures[op] = _structure(op)
                 function = getattr(self._c, f"fastfar_{op}")
                 function.restype = _INT
                 function.argtypes = (ctypes.POINTER(structure),)
+                if op in _WITH_SCRATCH:
+                    function = getattr(self._c, f"fastfar_{op}_scratch")
+                    function.restype = _SIZE
+                    function.argtypes = (ctypes.POINTER(structure),)
         except AttributeError as error:
             raise OSError(f"{path} is of another fastfar ({error}); reinstall fastfar") from error
         version = self._c.fastfar_abi_version()
@@ -138,6 +154,19 @@ class NativeLibrary:
 
         Raises RuntimeError when the library refuses the arguments.
         """
+        arguments = self._arguments(op, fields)
+        status: int = getattr(self._c, f"fastfar_{op}")(ctypes.byref(arguments))
+        if status < 0:
+            raise RuntimeError(f"fastfar_{op} refused its arguments (code {status}): {fields}")
+        return status
+
+    def scratch(self, op: str, **fields: Tensor | float | None) -> int:
+        """Bytes of scratch per thread that `call` with these fields needs."""
+        arguments = self._arguments(op, fields)
+        size: int = getattr(self._c, f"fastfar_{op}_scratch")(ctypes.byref(arguments))
+        return size
+
+    def _arguments(self, op: str, fields: dict[str, Tensor | float | None]) -> ctypes.Structure:
         structure = self._structures[op]
         values = {
             name: value.data_ptr() if isinstance(value, Tensor) else value
@@ -146,11 +175,7 @@ class NativeLibrary:
         names = [field[0] for field in structure._fields_]
         if list(values) != names:
             raise TypeError(f"fastfar_{op} takes {names} in this order, got {list(values)}")
-        arguments = structure(*values.values())
-        status: int = getattr(self._c, f"fastfar_{op}")(ctypes.byref(arguments))
-        if status < 0:
-            raise RuntimeError(f"fastfar_{op} refused its arguments (code {status}): {fields}")
-        return status
+        return structure(*values.values())
 
     def packed_bytes(self, dtype: torch.dtype, n: int, k: int) -> int:
         """Bytes of an (n, k) matrix of weights in tile order."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastfar import _native
 from fastfar.diffusion import diffusion_tables, timestep_embedding
+from fastfar.ops._head import PackedHead, pack_head
 from fastfar.ops._registry import op
 from fastfar.ops.adaln_mlp_block import adaln_mlp_block
 
@@ -61,7 +64,7 @@ def denoise_loop(
 
     Args:
         head: parameters of the denoising MLP by their published names (without `diffloss.net.`);
-            their dtype is the compute dtype.
+            their dtype is the compute dtype. On the native back end also a `PackedHead`.
         condition_MD: (2 N, D), conditional rows first; or (N, D) for no guidance.
         level: number of the frequency level.
         initial_NP: (N, P) start noise.
@@ -179,3 +182,95 @@ def _denoise_rows(
             noise_NP = noise_TNP[i].to(state_dtype)
             x_NP = x_NP + temperature * torch.exp(0.5 * log_variance) * noise_NP
     return x_NP
+
+
+# Tokens that one thread takes through all steps at a time, at most: with more of them a weight is
+# read less often, with fewer their activations stay in the L2 cache.
+NATIVE_TASK = 128
+
+
+def _denoise_loop_native(
+    head: Mapping[str, Tensor],
+    condition_MD: Tensor,
+    level: float,
+    initial_NP: Tensor,
+    noise_TNP: Tensor,
+    *,
+    guidance_scale: float,
+    temperature: float,
+    x0_range: tuple[float, float] | None = None,
+    num_timesteps: int = 1000,
+) -> Tensor:
+    """`denoise_loop` by kernels/cpu/denoise_loop.cc; the state is float32."""
+    rows, steps = len(initial_NP), len(noise_TNP)
+    _check(condition_MD, initial_NP, noise_TNP)
+    if not isinstance(head, PackedHead):
+        head = pack_head(head, head["input_proj.weight"].dtype)
+    if rows == 0:
+        return initial_NP.float()
+    guided = len(condition_MD) == 2 * rows and guidance_scale != 1.0
+    low, high = (-math.inf, math.inf) if x0_range is None else x0_range
+    threads = torch.get_num_threads()
+    out_NP = torch.empty(initial_NP.shape)
+    fields: dict[str, Tensor | float | None] = {
+        "dtype": _native.DTYPES[head.compute_dtype],
+        "threads": threads,
+        "rows": rows,
+        "halves": 2 if guided else 1,
+        "width": head.width,
+        "depth": head.depth,
+        "channels": head.channels,
+        "condition_width": head.condition_width,
+        "steps": steps,
+        "rows_per_task": _rows_per_task(rows, threads),
+        "weights": head["weights"],
+        "vectors": head["vectors"],
+        "condition_MD": condition_MD.float().contiguous(),
+        "time_TW": head.time_embedding(steps, num_timesteps),
+        "table": _update_table(steps, num_timesteps, temperature),
+        "initial_NP": initial_NP.float().contiguous(),
+        "noise_TNP": noise_TNP.float().contiguous(),
+        "level": float(level),
+        "guidance_scale": guidance_scale,
+        "x0_low": low,
+        "x0_high": high,
+        "out_NP": out_NP,
+        "scratch": None,
+    }
+    library = _native.load()
+    size = threads * library.scratch("denoise_loop", **fields)
+    fields["scratch"] = torch.empty(size, dtype=torch.uint8)
+    library.call("denoise_loop", **fields)
+    return out_NP
+
+
+def _rows_per_task(rows: int, threads: int) -> int:
+    """Equal shares of at most `NATIVE_TASK` tokens, a multiple of `threads` shares if possible."""
+    shares = -(-rows // NATIVE_TASK)
+    shares = -(-shares // threads) * threads
+    return -(-rows // min(shares, rows))
+
+
+def _update_table(steps: int, num_timesteps: int, temperature: float) -> Tensor:
+    """(T, 8) float32 coefficients of x = a x + b x0 + c x0_previous + s noise, in sampling order.
+
+    Columns: x0 from x, x0 from eps, a, b, c, log variance at v = -1 and at v = 1, factor of the
+    noise; s = factor * exp(log variance / 2). Ancestral DDPM: c = 0, no noise at the last step.
+    """
+    tables = diffusion_tables(steps, num_timesteps)
+    noise = torch.full_like(tables.recip, temperature)
+    noise[0] = 0.0
+    columns = (
+        tables.recip,
+        tables.recip_m1,
+        tables.mean_xt,
+        tables.mean_x0,
+        torch.zeros_like(noise),
+        tables.log_posterior,
+        tables.log_beta,
+        noise,
+    )
+    return torch.stack(columns, dim=1).flip(0).to(torch.float32).contiguous()
+
+
+denoise_loop.register("native", _denoise_loop_native)

@@ -83,6 +83,52 @@ typedef struct {
 } fastfar_pack_args;
 FASTFAR_API int32_t fastfar_pack(const fastfar_pack_args* args);
 
+/* --- the denoising MLP ------------------------------------------------------------------------ */
+
+/* x of every token after all diffusion steps; formulas in denoise_loop.cc, layout of the weights in
+ * fastfar/ops/_head.py. All steps of a token run on one thread. */
+typedef struct {
+  int32_t dtype;    /* of the weights */
+  int32_t threads;
+  int64_t rows;     /* tokens */
+  int64_t halves;   /* 2: guidance, 1: none */
+  int64_t width, depth, channels, condition_width;
+  int64_t steps;
+  int64_t rows_per_task;
+  const void* weights;   /* packed */
+  const float* vectors;
+  const float* condition_MD; /* halves * rows, conditional rows first */
+  const float* time_TW;  /* time embedding of every step, in the order in which steps are run */
+  const float* table;    /* (steps, 8): x0 from x, x0 from eps, a, b, c, log variance at v = -1 and
+                            at v = 1, factor of the noise (0: none) */
+  const float* initial_NP;
+  const float* noise_TNP;
+  float level, guidance_scale, x0_low, x0_high;
+  float* out_NP;
+  void* scratch;         /* threads * fastfar_denoise_loop_scratch */
+} fastfar_denoise_loop_args;
+FASTFAR_API int32_t fastfar_denoise_loop(const fastfar_denoise_loop_args* args);
+
+/* Bytes of scratch per thread; only the sizes of the arguments are read. */
+FASTFAR_API int64_t fastfar_denoise_loop_scratch(const fastfar_denoise_loop_args* args);
+
+/* --- what the machine gives ------------------------------------------------------------------- */
+
+/* Without a buffer: every thread does `iterations` rounds of products whose operands stay in
+ * registers, on the units that products of this dtype use in the selected set. With one: every
+ * thread streams its part of it `iterations` times. The clock is the caller's. */
+typedef struct {
+  int32_t dtype; /* of the products */
+  int32_t threads;
+  int64_t iterations;
+  int64_t numbers;     /* of the buffer; each thread reads a multiple of 128 of them */
+  const float* buffer; /* or NULL */
+  float* results;      /* (threads): of the products 2 (1 - 0.75^iterations) in float32 arithmetic
+                          and 0.375 iterations in bfloat16 pairs or tiles; sums of the numbers */
+  int64_t* work;       /* one number: FLOPs done, or bytes read, by all threads */
+} fastfar_peak_args;
+FASTFAR_API int32_t fastfar_peak(const fastfar_peak_args* args);
+
 /* --- proof of dispatch ------------------------------------------------------------------------ */
 
 /* c_MN = bf16(a_MK) bf16(b_KN): float32 operands rounded to bfloat16 (nearest even), products

@@ -13,25 +13,38 @@
 // Every operation, by name: `int32_t fastfar_<op>(const fastfar_<op>_args*)` in fastfar_cpu.h,
 // `int32_t <op>(const fastfar_<op>_args&)` in <op>.cc. A new operation adds its name here.
 #define FASTFAR_EACH_OP(X) \
+  X(denoise_loop)          \
   X(pack)                  \
+  X(peak)                  \
   X(selftest)
+
+// Operations with `int64_t fastfar_<op>_scratch(const fastfar_<op>_args*)`, which is
+// `int64_t <op>_scratch(const fastfar_<op>_args&)` in <op>.cc.
+#define FASTFAR_EACH_SCRATCH(X) X(denoise_loop)
 
 namespace fastfar {
 
 #define FASTFAR_MEMBER(op) int32_t (*op)(const fastfar_##op##_args&);
+#define FASTFAR_SCRATCH_MEMBER(op) int64_t (*op##_scratch)(const fastfar_##op##_args&);
 struct Ops {
   FASTFAR_EACH_OP(FASTFAR_MEMBER)
+  FASTFAR_EACH_SCRATCH(FASTFAR_SCRATCH_MEMBER)
 };
 #undef FASTFAR_MEMBER
+#undef FASTFAR_SCRATCH_MEMBER
 
 #define FASTFAR_FUNCTION(op) int32_t op(const fastfar_##op##_args&);
+#define FASTFAR_SCRATCH(op) int64_t op##_scratch(const fastfar_##op##_args&);
 #define FASTFAR_ENTRY(op) &op,
+#define FASTFAR_SCRATCH_ENTRY(op) &op##_scratch,
 
 // Declares the functions of one instruction set and its table `kOps`.
-#define FASTFAR_DECLARE_TARGET(target)                        \
-  namespace target {                                          \
-  FASTFAR_EACH_OP(FASTFAR_FUNCTION)                           \
-  constexpr Ops kOps = {FASTFAR_EACH_OP(FASTFAR_ENTRY)};      \
+#define FASTFAR_DECLARE_TARGET(target)                                                          \
+  namespace target {                                                                            \
+  FASTFAR_EACH_OP(FASTFAR_FUNCTION)                                                             \
+  FASTFAR_EACH_SCRATCH(FASTFAR_SCRATCH)                                                         \
+  constexpr Ops kOps = {FASTFAR_EACH_OP(FASTFAR_ENTRY)                                          \
+                            FASTFAR_EACH_SCRATCH(FASTFAR_SCRATCH_ENTRY)};                       \
   }
 
 }  // namespace fastfar

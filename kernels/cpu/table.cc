@@ -106,6 +106,13 @@ int32_t fastfar_isa_select(int32_t isa) {
   }
 FASTFAR_EACH_OP(FASTFAR_DEFINE)
 
+#define FASTFAR_DEFINE_SCRATCH(op)                                  \
+  int64_t fastfar_##op##_scratch(const fastfar_##op##_args* args) { \
+    if (args == nullptr) return FASTFAR_ERROR_ARGUMENT;             \
+    return ops().op##_scratch(*args);                               \
+  }
+FASTFAR_EACH_SCRATCH(FASTFAR_DEFINE_SCRATCH)
+
 int64_t fastfar_packed_bytes(int32_t dtype, int64_t n, int64_t k) {
   const int64_t size = dtype == FASTFAR_BFLOAT16 ? 2 : 4;
   return size * ((n + 31) / 32 * 32) * ((k + 31) / 32 * 32);

@@ -1,0 +1,88 @@
+// Rows of activations: LayerNorm statistics, and normalised rows as an A operand (see gemm.h).
+// Included by kernel sources only.
+#ifndef FASTFAR_KERNELS_CPU_ROWS_H_
+#define FASTFAR_KERNELS_CPU_ROWS_H_
+
+#include "gemm.h"
+
+namespace fastfar {
+namespace FASTFAR_TARGET {
+namespace {
+
+// Mean and 1 / sqrt(variance + eps) of n >= 1 numbers, the variance being that of the population.
+// Two passes: the second one sums deviations from the first one's mean, and corrects both results
+// by the mean that is left in the deviations, so that a large offset of the row costs no digits.
+inline void row_statistics(const float* x, int64_t n, float eps, float& mean, float& rstd) {
+  const float count = static_cast<float>(n);
+  const int64_t whole = n / kLanes * kLanes;
+  int64_t i = 0;
+  V s0 = set(0.0F), s1 = s0, s2 = s0, s3 = s0;
+  for (; i + 4 * kLanes <= whole; i += 4 * kLanes) {
+    s0 = s0 + load(x + i);
+    s1 = s1 + load(x + i + kLanes);
+    s2 = s2 + load(x + i + 2 * kLanes);
+    s3 = s3 + load(x + i + 3 * kLanes);
+  }
+  for (; i < whole; i += kLanes) s0 = s0 + load(x + i);
+  float total = sum((s0 + s1) + (s2 + s3));
+  for (; i < n; ++i) total += x[i];
+  const float first = total / count;
+
+  const V center = set(first);
+  V d0 = set(0.0F), d1 = d0, q0 = d0, q1 = d0;  // deviations and their squares
+  for (i = 0; i + 2 * kLanes <= whole; i += 2 * kLanes) {
+    const V a = load(x + i) - center, b = load(x + i + kLanes) - center;
+    d0 = d0 + a;
+    d1 = d1 + b;
+    q0 = fma(a, a, q0);
+    q1 = fma(b, b, q1);
+  }
+  for (; i < whole; i += kLanes) {
+    const V a = load(x + i) - center;
+    d0 = d0 + a;
+    q0 = fma(a, a, q0);
+  }
+  float left = sum(d0 + d1), squares = sum(q0 + q1);
+  for (; i < n; ++i) {
+    const float a = x[i] - first;
+    left += a;
+    squares += a * a;
+  }
+  const float shift = left / count;
+  const float variance = squares / count - shift * shift;
+  mean = first + shift;
+  rstd = 1.0F / __builtin_sqrtf((variance > 0.0F ? variance : 0.0F) + eps);
+}
+
+// Row `row` of an A operand of `depth` k tiles: (x - mean) rstd weight + bias, zero from n on.
+// weight and bias may be null (1 and 0).
+template <class A>
+inline void write_normalised(A* a, int64_t depth, int64_t row, const float* x, int64_t n,
+                             float mean, float rstd, const float* weight, const float* bias) {
+  const V center = set(mean), factor = set(rstd);
+  for (int64_t k = 0; k < depth; ++k) {
+    A* out = at(a, depth, row, k * kDepth);
+    for (int64_t i = 0; i < kDepth; i += kLanes) {
+      const int64_t column = k * kDepth + i, count = n - column;
+      if (count <= 0) {
+        store(out + i, set(0.0F));
+        continue;
+      }
+      V y = (load_part(x + column, count) - center) * factor;
+      if (weight != nullptr) y = y * load_part(weight + column, count);
+      if (bias != nullptr) y = y + load_part(bias + column, count);
+      if (count < kLanes) {  // behind the last number y is -mean rstd: zero it
+        alignas(64) float part[kLanes];
+        store(part, y);
+        y = load_part(part, count);
+      }
+      store(out + i, y);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace FASTFAR_TARGET
+}  // namespace fastfar
+
+#endif  // FASTFAR_KERNELS_CPU_ROWS_H_
