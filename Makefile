@@ -29,7 +29,7 @@ lint: $(VENV)/installed-dev
 
 format: $(VENV)/installed-dev
 	$(BIN)/python -m ruff check --fix .
-	PATH="$(BIN):$$PATH" clang-format -i kernels/cpu/*.cc kernels/cpu/*.h tests/cpp/*.cc
+	PATH="$(BIN):$$PATH" clang-format -i kernels/cpu/*.cc kernels/cpu/*.h tests/cpp/*.cc tests/cpp/*.h
 
 wheel: $(VENV)/installed-dev
 	$(BIN)/python -m build --no-isolation

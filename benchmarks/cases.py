@@ -104,6 +104,18 @@ def _layernorm_attention_residual(config: FARConfig, batch: int, dtype: torch.dt
     return args, {"num_heads": config.num_heads}
 
 
+def _layernorm_linear(config: FARConfig, batch: int, dtype: torch.dtype) -> Arguments:
+    width = config.width
+    args = (
+        torch.randn(2 * batch, _positions(config), width).to(dtype),
+        _vector(width, dtype, mean=1.0),
+        _vector(width, dtype),
+        _matrix(width, width, dtype),
+        _vector(width, dtype),
+    )
+    return args, {}
+
+
 def _layernorm_mlp_residual(config: FARConfig, batch: int, dtype: torch.dtype) -> Arguments:
     width, hidden = config.width, config.mlp_ratio * config.width
     args = (
@@ -132,8 +144,11 @@ def _adaln_mlp_block(config: FARConfig, batch: int, dtype: torch.dtype) -> Argum
     return args, {}
 
 
-def _denoise_loop(config: FARConfig, batch: int, dtype: torch.dtype) -> Arguments:
-    rows, numbers = batch * config.num_tokens, config.token_dim
+def head_inputs(
+    config: FARConfig, tokens: int, steps: int, dtype: torch.dtype, halves: int = 2
+) -> Arguments:
+    """A random denoising MLP and what `denoise_loop` takes with it, guided if `halves` is 2."""
+    numbers = config.token_dim
     with torch.device("meta"):
         shapes = DenoisingMLP(config).state_dict()
     head = {
@@ -144,13 +159,17 @@ def _denoise_loop(config: FARConfig, batch: int, dtype: torch.dtype) -> Argument
     head["final_layer.linear.weight"] *= 0.1
     args = (
         head,
-        torch.randn(2 * rows, config.width).to(dtype),
+        torch.randn(halves * tokens, config.width).to(dtype),
         config.num_levels // 2,
-        torch.randn(rows, numbers).to(dtype),
-        torch.randn(STEPS, rows, numbers).to(dtype),
+        torch.randn(tokens, numbers).to(dtype),
+        torch.randn(steps, tokens, numbers).to(dtype),
     )
     # Bounded, as random weights would let the tokens grow without limit.
     return args, {"guidance_scale": 3.0, "temperature": 1.0, "x0_range": (-3.0, 3.0)}
+
+
+def _denoise_loop(config: FARConfig, batch: int, dtype: torch.dtype) -> Arguments:
+    return head_inputs(config, batch * config.num_tokens, STEPS, dtype)
 
 
 def _denoise_loop_flops(config: FARConfig, batch: int) -> int:
@@ -211,6 +230,11 @@ CASES = {
             lambda c, batch: (
                 2 * batch * _positions(c) * (8 * c.width**2 + 4 * _positions(c) * c.width)
             ),
+        ),
+        Case(
+            "layernorm_linear",
+            _layernorm_linear,
+            lambda c, batch: 2 * batch * _positions(c) * 2 * c.width**2,
         ),
         Case(
             "layernorm_mlp_residual",

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import fastfar
+from fastfar import _native, backend
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -46,6 +47,11 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def native_isa() -> str | None:
+    """The instruction set that the native library runs on; None without a library."""
+    return None if _native.reason() is not None else backend.native_library().selected
+
+
 def environment() -> dict[str, Any]:
     """All that a row has to say beside its figures."""
     return {
@@ -57,6 +63,7 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_name(),
         "isa": torch.backends.cpu.get_cpu_capability(),
+        "native_isa": native_isa(),
         "threads": torch.get_num_threads(),
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
     }

@@ -45,20 +45,59 @@ _SIGNATURES: dict[str, tuple[type, tuple[type, ...]]] = {
 # Operations: the fields of fastfar_<op>_args in order. After the colon: i int32, q int64, f float,
 # p pointer. A test holds this table to the header.
 _OPERATIONS: dict[str, str] = {
+    "attention": (
+        "dtype:i threads:i batch:q length:q heads:q width:q qkv_BS3HE:p key_mask_BS:p out_BSD:p "
+        "scratch:p"
+    ),
     "denoise_loop": (
         "dtype:i threads:i rows:q halves:q width:q depth:q channels:q condition_width:q steps:q "
         "rows_per_task:q weights:p vectors:p condition_MD:p time_TW:p table:p initial_NP:p "
         "noise_TNP:p level:f guidance_scale:f x0_low:f x0_high:f out_NP:p scratch:p"
     ),
-    "pack": "dtype:i source_dtype:i n:q k:q stride_n:q stride_k:q w:p packed:p",
+    "filter_mask_patchify": (
+        "dtype:i threads:i batch:q channels:q size:q patch:q levels:q stride:q matrices:p "
+        "transposed:p level_B:p mask_BL:p latent_BCHW:p tokens_BLP:p scratch:p"
+    ),
+    "filter_mask_patchify_backward": (
+        "dtype:i threads:i batch:q channels:q size:q patch:q levels:q stride:q matrices:p "
+        "transposed:p level_B:p mask_BL:p tokens_BLP:p latent_BCHW:p scratch:p"
+    ),
+    "groupnorm_silu": (
+        "dtype:i silu:i threads:i eps:f batch:q positions:q channels:q groups:q x_BSC:p weight_C:p "
+        "bias_C:p y_BSC:p scratch:p"
+    ),
+    "layernorm_attention_residual": (
+        "dtype:i x_dtype:i threads:i batch:q length:q heads:q width:q eps:f x_BSD:p norm_weight:p "
+        "norm_bias:p qkv:p qkv_bias:p proj:p proj_bias:p key_mask_BS:p out_BSD:p scratch:p"
+    ),
+    "layernorm_linear": (
+        "dtype:i x_dtype:i threads:i rows:q n:q k:q eps:f x_MK:p norm_weight:p norm_bias:p "
+        "weight:p bias:p out_MN:p scratch:p"
+    ),
+    "layernorm_mlp_residual": (
+        "dtype:i x_dtype:i threads:i rows:q width:q hidden:q eps:f x_MD:p norm_weight:p "
+        "norm_bias:p fc1:p fc1_bias:p fc2:p fc2_bias:p out_MD:p scratch:p"
+    ),
+    "pack": "dtype:i source_dtype:i n:q k:q stride_n:q stride_k:q w:p packed:p threads:i",
     "peak": "dtype:i threads:i iterations:q numbers:q buffer:p results:p work:p",
-    "selftest": "m:q n:q k:q a_MK:p b_KN:p c_MN:p",
+    "selftest": (
+        "dtype:i threads:i segments:i pieces:i m:q n:q k:q a_MK:p b_NK:p c_MN:p scratch:p"
+    ),
 }
 _KINDS: dict[str, type] = {"i": _INT, "q": _SIZE, "f": _REAL, "p": _POINTER}
 
 
 # Operations that tell how much scratch they need, by fastfar_<op>_scratch.
-_WITH_SCRATCH = {"denoise_loop"}
+_WITH_SCRATCH = {
+    "attention",
+    "denoise_loop",
+    "filter_mask_patchify",
+    "filter_mask_patchify_backward",
+    "groupnorm_silu",
+    "layernorm_attention_residual",
+    "layernorm_linear",
+    "layernorm_mlp_residual",
+}
 
 
 def _structure(op: str) -> type[ctypes.Structure]:

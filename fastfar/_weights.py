@@ -28,6 +28,7 @@ M = TypeVar("M", bound=nn.Module)
 
 _TORCH_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
 _PARTS = 8  # weights are copied in this many parts, so that a mapped file adds 1/8 at the peak
+_FINE_PARTS = 32  # for weights that are packed: beside the bound on those, 1/8 would be much
 _SHOWN = 5  # keys of a kind that an error message spells out
 
 
@@ -126,24 +127,37 @@ def fill(module: M, weights: Weights, dtype: torch.dtype | None) -> M:
     At the peak the process holds the module plus 1/8 of the source: a file is mapped, not read,
     and mapped anew for each eighth, so that its pages do not pile up beside the copies.
     """
+    copies: dict[str, torch.Tensor] = {}
+
+    def take(key: str, value: torch.Tensor) -> None:
+        copies[key] = value.to(
+            device="cpu", dtype=dtype, copy=True, memory_format=torch.contiguous_format
+        )
+
     keys = [key for key in module.state_dict() if key in weights.shapes]
-    for part in _in_parts(keys, weights):
-        # Moving the views out of the dictionary frees each as soon as it has been copied.
-        views = weights.read(part)
-        copies = {
-            key: views.pop(key).to(
-                device="cpu",
-                dtype=dtype,
-                copy=True,
-                memory_format=torch.contiguous_format,
-            )
-            for key in part
-        }
-        module.load_state_dict(copies, strict=False, assign=True)
+    visit(weights, keys, take, _PARTS)
+    module.load_state_dict(copies, strict=False, assign=True)
     for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
         if tensor.is_meta:
             raise RuntimeError(f"{name} of {type(module).__name__} was given no value")
     return module
+
+
+def visit(
+    weights: Weights,
+    keys: Sequence[str],
+    take: Callable[[str, torch.Tensor], None],
+    parts: int = _FINE_PARTS,
+) -> None:
+    """take(key, tensor) for every key, in about `parts` parts that are mapped one after the other.
+
+    `take` must copy what it needs: the tensor may be a view of a mapped file.
+    """
+    for part in _in_parts(keys, weights, parts):
+        # Moving the views out of the dictionary frees each as soon as it has been taken.
+        views = weights.read(part)
+        for key in part:
+            take(key, views.pop(key))
 
 
 @contextlib.contextmanager
@@ -182,10 +196,10 @@ def _listing(kind: str, keys: Sequence[str]) -> str:
     return f"{kind} ({len(keys)}): {', '.join(keys[:_SHOWN])}{more}"
 
 
-def _in_parts(keys: Sequence[str], weights: Weights) -> Iterator[list[str]]:
-    """Consecutive keys, each part about 1 / _PARTS of all the numbers."""
+def _in_parts(keys: Sequence[str], weights: Weights, parts: int) -> Iterator[list[str]]:
+    """Consecutive keys, each part about 1 / parts of all the numbers."""
     sizes = [torch.Size(weights.shapes[key]).numel() for key in keys]
-    limit = sum(sizes) / _PARTS
+    limit = sum(sizes) / parts
     part: list[str] = []
     filled = 0
     for key, size in zip(keys, sizes, strict=True):

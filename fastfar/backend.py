@@ -142,7 +142,7 @@ def _package_reason(name: str) -> str | None:
 
 
 def native_library() -> _native.NativeLibrary:
-    """The native library with FASTFAR_ISA selected.
+    """The native library, with FASTFAR_ISA selected where that is set.
 
     Raises ValueError when the library is missing or cannot serve FASTFAR_ISA.
     """
@@ -150,46 +150,78 @@ def native_library() -> _native.NativeLibrary:
     if (missing := _native.reason()) is not None:
         raise ValueError(f"FASTFAR_ISA={choice} cannot be served: {missing}")
     library = _native.load()
-    try:
-        library.select(choice)
-    except ValueError as error:
-        raise ValueError(f"FASTFAR_ISA={choice}: {error}") from error
+    if choice != "auto":
+        try:
+            library.select(choice)
+        except ValueError as error:
+            raise ValueError(f"FASTFAR_ISA={choice}: {error}") from error
     return library
 
 
 def backends() -> dict[str, str | None]:
     """Back ends: None = usable, else the reason it is off."""
-    native = _native.reason() or (
-        "this build holds the instruction-set probe and the self-test only; "
-        "sampling kernels are not in it yet"
-    )
     triton = _cuda_reason() or _package_reason("triton") or "Triton kernels are not written yet"
-    return {"reference": None, "torch": None, "native": native, "triton": triton}
+    return {"reference": None, "torch": None, "native": _native.reason(), "triton": triton}
 
 
-def resolve(name: str = "auto", device: torch.device | str = "cpu") -> str:
-    """The back end that `name` means on `device`: "auto" is FASTFAR_BACKEND, or else "torch".
+def resolve(
+    name: str = "auto",
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    native_reason: str | None = None,
+) -> str:
+    """The back end that `name` means on `device`.
 
-    Also applies FASTFAR_THREADS and FASTFAR_LOG, and checks the other variables, so that none is
-    ignored in silence. Raises ValueError: unknown name, back end or device not available.
+    "auto" is FASTFAR_BACKEND; where that is not set either, "native" on a CPU if the library is
+    there and takes dtype and model, else "torch".
+
+    Also applies FASTFAR_THREADS, FASTFAR_LOG and FASTFAR_ISA, and checks the other variables, so
+    that none is ignored in silence.
+
+    Args:
+        name: "auto" or one of `BACKENDS`.
+        device: where the model is.
+        dtype: to compute in; None leaves it to the back end.
+        native_reason: why the native kernels do not take the model; None if they do.
+
+    Raises:
+        ValueError: unknown name, back end or device not available, or one that cannot run this.
     """
     configure()
     device = torch.device(device)
-    chosen, source = _choose(name)
+    unfit = _native_unfit(device, dtype, native_reason)
+    chosen, source = _choose(name, unfit)
     if device.type == "cuda" and (reason := _cuda_reason()) is not None:
         raise ValueError(f"device {str(device)!r} cannot be used: {reason}. Use device 'cpu'")
     _log.info("back end %s on %s (%s)", chosen, device, source)
     return chosen
 
 
-def _choose(name: str) -> tuple[str, str]:
-    """The back end that `name` means, and who asked for it. ValueError when it is off."""
+def _native_unfit(
+    device: torch.device, dtype: torch.dtype | None, native_reason: str | None
+) -> str | None:
+    """Why the native back end, if it is there, cannot run this; None if it can."""
+    if device.type != "cpu":
+        return f"it runs on the CPU, the model is on {device}"
+    if dtype not in (None, *_native.DTYPES):
+        return f"it computes in float32 or bfloat16, not in {dtype}"
+    return native_reason
+
+
+def _choose(name: str, unfit: str | None = None) -> tuple[str, str]:
+    """The back end that `name` means, and why that one. ValueError when it is off.
+
+    unfit: why "native" cannot run what is to be run.
+    """
     source = "backend"
     if name == "auto":
         name, source = _setting("FASTFAR_BACKEND"), "FASTFAR_BACKEND"
-    if name == "auto":
-        name, source = "torch", "auto"
     state = backends()
+    state["native"] = state["native"] or unfit
+    if name == "auto":
+        if state["native"] is None:
+            return "native", "auto"
+        return "torch", f"auto; native is off: {state['native']}"
     if name not in state:
         raise ValueError(f"{source}={name!r} is not known; allowed: auto, {', '.join(state)}")
     if (reason := state[name]) is not None:
@@ -212,13 +244,18 @@ def best_dtype(backend: str, device: torch.device | str) -> torch.dtype:
     """The compute dtype that a back end is fastest in, of those that hold the model's precision.
 
     bfloat16 where the device multiplies it natively (CPU: AMX or AVX512_BF16; CUDA: 8.0 and newer),
-    else float32. "reference" is always float32. Raises ValueError for an unknown back end.
+    else float32. For "native" the instruction set that is selected counts, not the fastest one.
+    "reference" is always float32. Raises ValueError for an unknown back end, or for "native"
+    where it is off.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not known; allowed: {', '.join(BACKENDS)}")
     device = torch.device(device)
     if backend == "reference":
         return torch.float32
+    if backend == "native":
+        fast = native_library().selected in ("avx512_bf16", "amx")
+        return torch.bfloat16 if fast else torch.float32
     if device.type == "cuda" and torch.cuda.is_available():
         modern = torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8
         return torch.bfloat16 if modern else torch.float32
@@ -275,17 +312,26 @@ def _settings_report() -> dict[str, dict[str, str | None]]:
     return report
 
 
-def _selftest_report(settings: dict[str, dict[str, str | None]]) -> dict[str, str | None]:
-    """The native library: its file, the selected set, and None or what its self-test found."""
+def _native_report(settings: dict[str, dict[str, str | None]]) -> dict[str, str | int | None]:
+    """The native library: file, selected set and why, dtype, threads; its problem (None: none)."""
+    found: dict[str, str | int | None] = dict.fromkeys(("path", "isa", "why", "dtype", "threads"))
     if (reason := _native.reason()) is not None:
-        return {"path": None, "isa": None, "problem": reason}
-    path = str(_native.library_path())
+        return {**found, "problem": reason}
+    found["path"] = str(_native.library_path())
     if (problem := settings["FASTFAR_ISA"]["problem"]) is not None:
-        return {"path": path, "isa": None, "problem": problem}
+        return {**found, "problem": problem}
     a_MK = torch.arange(-24, 24, dtype=torch.float32).reshape(3, 16)  # exact in bfloat16
     c_MN, isa = native_library().selftest(a_MK, a_MK.T)
-    problem = None if torch.equal(c_MN, a_MK @ a_MK.T) else "its self-test gives a wrong result"
-    return {"path": path, "isa": isa, "problem": problem}
+    passed = torch.equal(c_MN, a_MK @ a_MK.T)
+    forced = _setting("FASTFAR_ISA") != "auto"
+    return {
+        **found,
+        "isa": isa,
+        "why": f"FASTFAR_ISA={isa}" if forced else "the fastest that processor and build offer",
+        "dtype": str(best_dtype("native", "cpu")).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "problem": None if passed else "its self-test gives a wrong result",
+    }
 
 
 def _memory_gib() -> float | None:
@@ -298,6 +344,8 @@ def _memory_gib() -> float | None:
 def report() -> dict[str, Any]:
     """All that `fastfar doctor` shows, ready for JSON; problems are reported, not raised."""
     settings = _settings_report()
+    if settings["FASTFAR_THREADS"]["problem"] is None:
+        _apply_threads(_setting("FASTFAR_THREADS"))
     demo = DEMO / "model.safetensors"
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     affinity = getattr(os, "sched_getaffinity", None)
@@ -315,7 +363,7 @@ def report() -> dict[str, Any]:
             "path": str(DEMO) if demo.is_file() else None,
             "problem": None if demo.is_file() else f"no checkpoint at {demo}",
         },
-        "native": _selftest_report(settings),
+        "native": _native_report(settings),
         "instruction_sets": instruction_sets(),
         "backends": backends(),
         "packages": optional_packages(),

@@ -22,11 +22,22 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
+from fastfar import backend as backends
 from fastfar._files import atomic_writes
-from fastfar._weights import Source, Weights, check_fit, fill, indices, open_weights, skeleton
+from fastfar._weights import (
+    Source,
+    Weights,
+    check_fit,
+    fill,
+    indices,
+    open_weights,
+    skeleton,
+    visit,
+)
 from fastfar.config import FARConfig
 from fastfar.model import FAR
 from fastfar.plan import SamplingPlan
+from fastfar.prepared import native_reason, prepare
 from fastfar.tokenizer import KLVAE, PixelTokenizer, tokenizer_from_dict
 
 FORMAT = "fastfar"
@@ -57,7 +68,8 @@ def load_official(
     *,
     use_ema: bool = True,
     patch_size: int = 1,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
 ) -> FAR:
     """A FAR model from weights in the published key layout; in eval mode, on the CPU.
 
@@ -74,19 +86,24 @@ def load_official(
             moving average has to be whole: a key that it lacks is an error and is not filled in
             from "model", which would mix two models.
         patch_size: p; the latent has token_dim / p**2 channels and grid * p pixels a side.
-        dtype: of the parameters.
+        dtype: of the parameters; None is float32, or for the native back end what it is fastest
+            in (float32 or bfloat16).
+        backend: None gives a model for every back end and for training. "native" packs the weights
+            in `dtype` as they are read: a model to sample from and for nothing else, without an
+            unpacked copy at any time. "auto" does so where sampling would choose that back end.
 
-    Memory: the peak is the model in `dtype` plus 1/8 of the stored weights.
+    Memory: the peak is the model in `dtype` plus 1/8 of the stored weights (1/32 where packed).
 
     Raises:
         FileNotFoundError: no such file.
         TypeError: `source` is neither a path nor a mapping.
         ValueError: not a FAR checkpoint, a truncated file, a pickle with more than weights in it,
             sizes that do not fit each other, or keys that are missing, unexpected or of wrong
-            shape: one error lists them all.
+            shape: one error lists them all. A back end that is off or does not take the model.
     """
     weights = open_weights(source, use_ema)
-    return build_model(weights, infer_config(weights, num_heads, patch_size), dtype)
+    config = infer_config(weights, num_heads, patch_size)
+    return build_model(weights, config, dtype, backend, default=torch.float32)
 
 
 def infer_config(weights: Weights, num_heads: int | None = None, patch_size: int = 1) -> FARConfig:
@@ -144,8 +161,20 @@ def infer_config(weights: Weights, num_heads: int | None = None, patch_size: int
     )
 
 
-def build_model(weights: Weights, config: FARConfig, dtype: torch.dtype | None) -> FAR:
-    """FAR(config) holding a copy of `weights` in `dtype` (None: as stored), in eval mode."""
+def build_model(
+    weights: Weights,
+    config: FARConfig,
+    dtype: torch.dtype | None,
+    backend: str | None = None,
+    default: torch.dtype | None = None,
+) -> FAR:
+    """FAR(config) holding a copy of `weights`, in eval mode; `load_official` explains `backend`.
+
+    dtype None is the best one of the native back end, otherwise `default` (None: as stored).
+    """
+    native = False
+    if backend is not None:
+        native = backends.resolve(backend, "cpu", dtype, native_reason(config)) == "native"
     with skeleton():
         model = FAR(config)
     check_fit(
@@ -157,7 +186,11 @@ def build_model(weights: Weights, config: FARConfig, dtype: torch.dtype | None) 
         if weights.ema
         else "",
     )
-    return fill(model, weights, dtype).eval()
+    if native:
+        keys = list(model.state_dict())
+        dtype = dtype or backends.best_dtype("native", "cpu")
+        return prepare(config, dtype, lambda take: visit(weights, keys, take))
+    return fill(model, weights, dtype or default).eval()
 
 
 def save_pretrained(
@@ -211,7 +244,9 @@ def save_tokenizer(folder: str | os.PathLike[str], vae: KLVAE) -> None:
 
 
 def load_pretrained(
-    folder_or_name: str | os.PathLike[str], dtype: torch.dtype | None = None
+    folder_or_name: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
 ) -> Pretrained:
     """Read the own format: model (eval mode, CPU), tokenizer, plan and class names.
 
@@ -220,6 +255,8 @@ def load_pretrained(
             existing folder; else, if it looks like "user/name", a repository of the Hugging Face
             hub, fetched with huggingface_hub where that is installed.
         dtype: of the model's parameters; None keeps them as stored. The tokenizer's stay.
+        backend: None, or "native" or "auto" to pack the model as it is read, for sampling only:
+            see `load_official`; then dtype None is the best one of the native back end.
 
     Raises:
         FileNotFoundError: no such folder or repository, or a file of the format is not in it.
@@ -238,7 +275,7 @@ def load_pretrained(
             file = folder / TOKENIZER_FILE
             weights = open_weights(file) if file.exists() else None
             tokenizer = tokenizer_from_dict(values["tokenizer"], weights)
-    model = build_model(open_weights(_existing(folder / MODEL_FILE)), config, dtype)
+    model = build_model(open_weights(_existing(folder / MODEL_FILE)), config, dtype, backend)
     return Pretrained(model, tokenizer, plan, class_names)
 
 
@@ -247,13 +284,17 @@ def save_model(folder: str | os.PathLike[str], model: FAR) -> None:
     save_pretrained(folder, model)
 
 
-def load_model(folder_or_name: str | os.PathLike[str], dtype: torch.dtype | None = None) -> FAR:
+def load_model(
+    folder_or_name: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> FAR:
     """The model of `load_pretrained` alone; what `FAR.from_pretrained` calls."""
     folder = _resolve(folder_or_name)
     values = _read_config(folder)
     with _naming(folder / CONFIG_FILE):
         config = FARConfig.from_dict(values["model"])
-    return build_model(open_weights(_existing(folder / MODEL_FILE)), config, dtype)
+    return build_model(open_weights(_existing(folder / MODEL_FILE)), config, dtype, backend)
 
 
 def _refuse_other_models(weights: Weights) -> None:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastfar._weights import Source, Weights, check_fit, fill, indices, open_weights, skeleton
+from fastfar.ops import convolution_residual, groupnorm_silu, upsample_convolution
 
 _GROUPS = 32
 
@@ -101,8 +102,28 @@ class DiagonalGaussian:
         return self.mean
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(_GROUPS, channels, eps=1e-6)
+class _Norm(nn.GroupNorm):
+    """GroupNorm, and SiLU unless told otherwise."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(_GROUPS, channels, eps=1e-6)
+
+    def forward(self, x_BCHW: torch.Tensor, silu: bool = True) -> torch.Tensor:
+        return groupnorm_silu(
+            x_BCHW, self.weight, self.bias, groups=self.num_groups, eps=self.eps, silu=silu
+        )
+
+
+class _Conv(nn.Conv2d):
+    """Convolution that keeps the size of the image, plus the residual if there is one."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int = 3) -> None:
+        super().__init__(inputs, outputs, kernel, padding=kernel // 2)
+
+    def forward(
+        self, x_BCHW: torch.Tensor, residual_BCHW: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return convolution_residual(x_BCHW, self.weight, self.bias, residual_BCHW)
 
 
 class _ResidualBlock(nn.Module):
@@ -110,16 +131,15 @@ class _ResidualBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.norm1 = _norm(inputs)
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.norm2 = _norm(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        self.norm1 = _Norm(inputs)
+        self.conv1 = _Conv(inputs, outputs)
+        self.norm2 = _Norm(outputs)
+        self.conv2 = _Conv(outputs, outputs)
+        self.nin_shortcut = _Conv(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        h_BCHW = self.conv1(F.silu(self.norm1(x_BCHW)))
-        h_BCHW = self.conv2(F.silu(self.norm2(h_BCHW)))
-        y_BCHW: torch.Tensor = self.nin_shortcut(x_BCHW) + h_BCHW
+        h_BCHW = self.conv1(self.norm1(x_BCHW))
+        y_BCHW: torch.Tensor = self.conv2(self.norm2(h_BCHW), self.nin_shortcut(x_BCHW))
         return y_BCHW
 
 
@@ -128,14 +148,14 @@ class _Attention(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = _norm(channels)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.norm = _Norm(channels)
+        self.q = _Conv(channels, channels, 1)
+        self.k = _Conv(channels, channels, 1)
+        self.v = _Conv(channels, channels, 1)
+        self.proj_out = _Conv(channels, channels, 1)
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        h_BCHW = self.norm(x_BCHW)
+        h_BCHW = self.norm(x_BCHW, silu=False)
         # One head over L = H * W pixels: (B, C, H, W) -> (B, 1, L, C).
         q, k, v = (
             layer(h_BCHW).flatten(2).transpose(1, 2).unsqueeze(1)
@@ -143,8 +163,8 @@ class _Attention(nn.Module):
         )
         h_B1LC = F.scaled_dot_product_attention(q, k, v)
         h_BCHW = h_B1LC.squeeze(1).transpose(1, 2).reshape(x_BCHW.shape)
-        projected_BCHW: torch.Tensor = self.proj_out(h_BCHW)
-        return x_BCHW + projected_BCHW
+        y_BCHW: torch.Tensor = self.proj_out(h_BCHW, x_BCHW)
+        return y_BCHW
 
 
 class _Downsample(nn.Module):
@@ -164,11 +184,10 @@ class _Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = _Conv(channels, channels)
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        y_BCHW: torch.Tensor = self.conv(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"))
-        return y_BCHW
+        return upsample_convolution(x_BCHW, self.conv.weight, self.conv.bias)
 
 
 class _Level(nn.Module):
@@ -209,7 +228,7 @@ class _Encoder(nn.Module):
     def __init__(self, config: KLVAEConfig) -> None:
         super().__init__()
         widths = config.widths
-        self.conv_in = nn.Conv2d(config.image_channels, config.channels, 3, padding=1)
+        self.conv_in = _Conv(config.image_channels, config.channels)
         self.down = nn.ModuleList()
         for i, width in enumerate(widths):
             inputs = widths[i - 1] if i else config.channels
@@ -218,14 +237,14 @@ class _Encoder(nn.Module):
                 level.downsample = _Downsample(width)
             self.down.append(level)
         self.mid = _Middle(widths[-1])
-        self.norm_out = _norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
+        self.norm_out = _Norm(widths[-1])
+        self.conv_out = _Conv(widths[-1], 2 * config.z_channels)
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         h_BCHW = self.conv_in(x_BCHW)
         for level in self.down:
             h_BCHW = level(h_BCHW)
-        out_BCHW: torch.Tensor = self.conv_out(F.silu(self.norm_out(self.mid(h_BCHW))))
+        out_BCHW: torch.Tensor = self.conv_out(self.norm_out(self.mid(h_BCHW)))
         return out_BCHW
 
 
@@ -233,7 +252,7 @@ class _Decoder(nn.Module):
     def __init__(self, config: KLVAEConfig) -> None:
         super().__init__()
         widths = config.widths
-        self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
+        self.conv_in = _Conv(config.z_channels, widths[-1])
         self.mid = _Middle(widths[-1])
         # `up` is numbered as `down` is: 0 is the full resolution, and runs last.
         self.up = nn.ModuleList()
@@ -243,14 +262,14 @@ class _Decoder(nn.Module):
             if i > 0:
                 level.upsample = _Upsample(width)
             self.up.append(level)
-        self.norm_out = _norm(widths[0])
-        self.conv_out = nn.Conv2d(widths[0], config.image_channels, 3, padding=1)
+        self.norm_out = _Norm(widths[0])
+        self.conv_out = _Conv(widths[0], config.image_channels)
 
     def forward(self, z_BCHW: torch.Tensor) -> torch.Tensor:
         h_BCHW = self.mid(self.conv_in(z_BCHW))
         for level in reversed(self.up):
             h_BCHW = level(h_BCHW)
-        out_BCHW: torch.Tensor = self.conv_out(F.silu(self.norm_out(h_BCHW)))
+        out_BCHW: torch.Tensor = self.conv_out(self.norm_out(h_BCHW))
         return out_BCHW
 
 
@@ -266,8 +285,8 @@ class KLVAE(nn.Module):
         self.config = config = config or KLVAEConfig()
         self.encoder = _Encoder(config)
         self.decoder = _Decoder(config)
-        self.quant_conv = nn.Conv2d(2 * config.z_channels, 2 * config.latent_channels, 1)
-        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.z_channels, 1)
+        self.quant_conv = _Conv(2 * config.z_channels, 2 * config.latent_channels, 1)
+        self.post_quant_conv = _Conv(config.latent_channels, config.z_channels, 1)
 
     @classmethod
     def load_official(cls, source: Source, dtype: torch.dtype = torch.float32) -> KLVAE:
@@ -309,7 +328,7 @@ class KLVAE(nn.Module):
                 f"height and width must be multiples of {factor}, got {height} x {width}: crop or "
                 "resize the images"
             )
-        moments_BCHW = self.quant_conv(self.encoder(self._cast(images_BCHW)))
+        moments_BCHW = self.quant_conv(self.encoder(images_BCHW.to(self.quant_conv.weight.dtype)))
         mean_BCHW, logvar_BCHW = moments_BCHW.chunk(2, dim=1)
         return DiagonalGaussian(mean_BCHW, logvar_BCHW.clamp(-30.0, 20.0))
 
@@ -321,7 +340,8 @@ class KLVAE(nn.Module):
             ValueError: wrong number of dimensions or channels.
         """
         self._check("latents", latents_BCHW, self.config.latent_channels)
-        images_BCHW: torch.Tensor = self.decoder(self.post_quant_conv(self._cast(latents_BCHW)))
+        latents_BCHW = latents_BCHW.to(self.post_quant_conv.weight.dtype)
+        images_BCHW: torch.Tensor = self.decoder(self.post_quant_conv(latents_BCHW))
         return images_BCHW
 
     @torch.no_grad()
@@ -334,14 +354,12 @@ class KLVAE(nn.Module):
     @torch.no_grad()
     def to_images(self, latents_BCHW: torch.Tensor) -> torch.Tensor:
         """Images in [-1, 1] of FAR's latents."""
-        return self.decode(self._cast(latents_BCHW) / self.scale).clamp(-1.0, 1.0)
+        exact = torch.promote_types(latents_BCHW.dtype, torch.float32)
+        return self.decode(latents_BCHW.to(exact) / self.scale).clamp(-1.0, 1.0)
 
     def to_dict(self) -> dict[str, Any]:
         """{"type": "kl_vae", ...sizes}, ready for JSON; the weights are stored beside it."""
         return {"type": "kl_vae", **dataclasses.asdict(self.config)}
-
-    def _cast(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        return x_BCHW.to(self.quant_conv.weight.dtype)
 
     def _check(self, what: str, x_BCHW: torch.Tensor, channels: int) -> None:
         if x_BCHW.dim() != 4 or x_BCHW.shape[1] != channels:

@@ -8,6 +8,7 @@ Source: FAR, arXiv 2503.05305, section 3; the masked encoder-decoder is MAE's an
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,7 +16,11 @@ from torch import Tensor, nn
 
 from fastfar.config import FARConfig
 from fastfar.head import DenoisingMLP
-from fastfar.ops import layernorm_attention_residual, layernorm_mlp_residual
+from fastfar.ops import (
+    layernorm_attention_residual,
+    layernorm_linear,
+    layernorm_mlp_residual,
+)
 
 EPS = 1e-6
 
@@ -132,6 +137,11 @@ class FAR(nn.Module):
         """The denoising MLP."""
         return self.diffloss.net
 
+    @property
+    def head_weights(self) -> Mapping[str, Tensor]:
+        """Its parameters by name, as `fastfar.ops.denoise_loop` takes them."""
+        return dict(self.head.named_parameters())
+
     @torch.no_grad()
     def init_weights(self) -> None:
         """Xavier for linear layers, normal(0.02) for embeddings, zero for the head's gates."""
@@ -216,13 +226,19 @@ class FAR(nn.Module):
             x_BSD = torch.cat([x_BSD[:, :buffer], visible_BKD], dim=1)
         for block in self.encoder_blocks:
             x_BSD = block(x_BSD, key_mask_BS)
-        out_BSD: Tensor = self.encoder_norm(x_BSD)
-        return out_BSD
+        return x_BSD
 
     def _decode(
         self, x_BSD: Tensor, kept_BK: Tensor | None = None, mask_BL: Tensor | None = None
     ) -> Tensor:
-        x_BSD = self.decoder_embed(x_BSD)
+        x_BSD = layernorm_linear(
+            x_BSD,
+            self.encoder_norm.weight,
+            self.encoder_norm.bias,
+            self.decoder_embed.weight,
+            self.decoder_embed.bias,
+            eps=EPS,
+        )
         buffer = self.config.buffer_size
         if kept_BK is not None and mask_BL is not None:
             hidden_BLD = self.mask_token.to(x_BSD.dtype).expand(*mask_BL.shape, -1)
@@ -244,12 +260,19 @@ class FAR(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path_or_name: str | Path, dtype: torch.dtype | None = None
+        cls,
+        path_or_name: str | Path,
+        dtype: torch.dtype | None = None,
+        backend: str | None = None,
     ) -> FAR:
-        """Load from a folder, "demo" (embedded), or a hub name; eval mode."""
+        """Load from a folder, "demo" (embedded), or a hub name; eval mode.
+
+        backend: None gives a model for every back end and for training; "native" one that is
+            packed as it is read, for sampling only (`fastfar.load_official` says more).
+        """
         from fastfar.checkpoint import load_model
 
-        return load_model(path_or_name, dtype=dtype)
+        return load_model(path_or_name, dtype=dtype, backend=backend)
 
 
 def _take(x_BLD: Tensor, index_BK: Tensor) -> Tensor:

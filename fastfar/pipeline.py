@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastfar.checkpoint import load_pretrained, save_pretrained
+from fastfar.decoding import decode_latents
 from fastfar.model import FAR
 from fastfar.noise import NoiseSource
 from fastfar.plan import SamplingPlan
@@ -69,10 +70,18 @@ class FARPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, path_or_name: str | os.PathLike[str], torch_dtype: torch.dtype | None = None
+        cls,
+        path_or_name: str | os.PathLike[str],
+        torch_dtype: torch.dtype | None = None,
+        backend: str | None = None,
     ) -> FARPipeline:
-        """Load a folder, the embedded "demo", or a hub name; see `fastfar.checkpoint`."""
-        parts = load_pretrained(path_or_name, dtype=torch_dtype)
+        """Load a folder, the embedded "demo", or a hub name; see `fastfar.checkpoint`.
+
+        backend: None gives a model for every back end. "native" packs it as it is read, in
+            `torch_dtype` (None: the best one): the quickest start in the least memory, for
+            sampling on that back end only. "auto" does so where sampling would choose it.
+        """
+        parts = load_pretrained(path_or_name, dtype=torch_dtype, backend=backend)
         return cls(parts.model, parts.tokenizer, parts.plan, parts.class_names)
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
@@ -152,15 +161,27 @@ class FARPipeline:
             latents = sample_latents(
                 self.model, labels, plan, noise, generator, backend, dtype, on_level
             )
-        images = latents if output_type == "latent" else self.decode(latents, output_type)
+        images: Images = latents
+        if output_type != "latent":
+            images = self.decode(latents, output_type, backend, dtype)
         return ImagePipelineOutput(images) if return_dict else (images,)
 
     @torch.inference_mode()
-    def decode(self, latents: Tensor, output_type: str = "pil") -> Images:
-        """Images of latents (B, C, H, H), in the form that `output_type` names."""
+    def decode(
+        self,
+        latents: Tensor,
+        output_type: str = "pil",
+        backend: str = "auto",
+        dtype: torch.dtype | None = None,
+    ) -> Images:
+        """Images of latents (B, C, H, H), in the form that `output_type` names.
+
+        backend, dtype: see `fastfar.decoding.decode_latents`.
+        """
         if self.tokenizer is None:
             raise ValueError("this pipeline has no tokenizer, so it cannot make images")
-        images = self.tokenizer.to_images(latents).float().add(1.0).div(2.0).clamp(0.0, 1.0)
+        images = decode_latents(self.tokenizer, latents, backend, dtype)
+        images = images.float().add(1.0).div(2.0).clamp(0.0, 1.0)
         if output_type == "pt":
             return images
         array: npt.NDArray[np.float32] = images.permute(0, 2, 3, 1).cpu().numpy()

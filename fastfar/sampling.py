@@ -6,6 +6,7 @@ Source: FAR, arXiv 2503.05305, section 3.4, algorithm of the published code.
 from __future__ import annotations
 
 import copy
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 
@@ -19,6 +20,7 @@ from fastfar.model import FAR
 from fastfar.noise import CheckedNoise, NoiseSource, seeded_noise
 from fastfar.ops import denoise_loop, filter_mask_patchify, use_backend
 from fastfar.plan import SamplingPlan
+from fastfar.prepared import PreparedFAR, native_reason, prepare_native
 
 OnLevel = Callable[[int, Tensor], object]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -46,7 +48,8 @@ def sample_latents(
         noise: source of every random number; None makes a `SeededNoise` from `generator`.
         generator: one torch.Generator, one per image, a seed, or None (PyTorch's own).
         backend: "auto", "reference", "torch", "native" or "triton".
-        dtype: compute dtype; None is the back end's best, float32 is parity mode everywhere.
+        dtype: compute dtype; None is the back end's best, float32 is parity mode everywhere. The
+            native back end has float32 and bfloat16; its activations are float32 in both.
         on_level: called as on_level(step, latent_BCHH) after each outer step.
 
     Returns:
@@ -54,24 +57,28 @@ def sample_latents(
 
     Raises:
         ValueError: a label out of range, an empty list, a plan beyond the model's levels, noise
-            of another shape, a back end that is not available, an unusable dtype.
+            of another shape, a back end that is not available or does not take the model, an
+            unusable dtype.
         TypeError: labels or plan of the wrong type.
     """
-    labels_B = check_labels(class_labels, model.config.num_classes).to(_device(model))
+    labels_B = check_labels(class_labels, model.config.num_classes)
     if not isinstance(plan, SamplingPlan):
         raise TypeError(f"plan must be a SamplingPlan, got {type(plan).__name__}")
     plan.check_fits(model.config.num_levels)
-    name = backends.resolve(backend, labels_B.device)
-    if dtype is None:
-        dtype = backends.best_dtype(name, labels_B.device)
-    if dtype not in DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {DTYPES}, got {dtype}")
+    device = _device(model)
+    name = backends.resolve(backend, device, dtype, native_reason(model.config))
+    if isinstance(model, PreparedFAR):
+        dtype = _check_prepared(model, name, dtype)
+    elif dtype is None:
+        dtype = backends.best_dtype(name, device)
     shape = (len(labels_B), model.config.num_tokens, model.config.token_dim)
     noise = seeded_noise(generator, *shape) if noise is None else CheckedNoise(noise, *shape)
-    model = _in_dtype(model, dtype)
+    model = _prepared(model, name, dtype)
     with torch.inference_mode():
         if name == "reference":
-            return _sample_reference(model, labels_B, plan, noise, on_level)
+            return _sample_reference(model, labels_B.to(device), plan, noise, on_level)
         with use_backend(name):
             return _sample(model, labels_B, plan, noise, dtype, on_level)
 
@@ -102,42 +109,44 @@ def _sample(
     on_level: OnLevel | None,
 ) -> Tensor:
     config = model.config
-    batch, device = len(labels_B), labels_B.device
+    batch, device = len(labels_B), _device(model)
     state_dtype = torch.promote_types(dtype, torch.float32)
-    conditional_BD = model.class_embedding(labels_B)
-    unconditional_BD = model.unconditional_embedding(batch)
-    head = dict(model.head.named_parameters())
+    token_dtype = torch.float32 if isinstance(model, PreparedFAR) else dtype
+    classes_C, class_of_B = torch.unique(labels_B, return_inverse=True)
+    class_CD = model.class_embedding(classes_C.to(device))
+    class_of_B = class_of_B.to(device)
+    head = model.head_weights
     order_BL = noise.order().to(device) if plan.mask_ratios is not None else None
     shape = (batch, config.latent_channels, config.latent_size, config.latent_size)
     latent_BCHH = torch.zeros(shape, dtype=state_dtype, device=device)
 
     for k, level in enumerate(plan.levels):
+        scale = plan.guidance_scales[k]
         mask_BL, num_kept = None, None
         if order_BL is not None:
             num_masked = plan.num_masked(k, config.num_tokens)
             num_kept = config.num_tokens - num_masked
             mask_BL = torch.zeros(order_BL.shape, dtype=torch.bool, device=device)
             mask_BL.scatter_(1, order_BL[:, :num_masked], True)
-        input_level = 0 if k == 0 else plan.input_levels[k]
-        level_B = labels_B.new_full((batch,), -1 if input_level is None else input_level)
-        tokens_BLP = filter_mask_patchify(
-            latent_BCHH,
-            level_B,
-            mask_BL,
-            patch_size=config.patch_size,
-            num_levels=config.num_levels,
-            kind=config.filter,
-        ).to(dtype)
-        scale = plan.guidance_scales[k]
-        if scale == 1.0:
-            z_MLD = model(tokens_BLP, conditional_BD, mask_BL, num_kept)
+        if k == 0 and not num_kept:
+            guided = scale != 1.0
+            z_MLD = _first_condition(model, class_CD, class_of_B, guided, mask_BL, token_dtype)
         else:
-            z_MLD = model(
-                torch.cat([tokens_BLP, tokens_BLP]),
-                torch.cat([conditional_BD, unconditional_BD]),
-                None if mask_BL is None else torch.cat([mask_BL, mask_BL]),
-                num_kept,
-            )
+            input_level = 0 if k == 0 else plan.input_levels[k]
+            tokens_BLP = filter_mask_patchify(
+                latent_BCHH,
+                class_of_B.new_full((batch,), -1 if input_level is None else input_level),
+                mask_BL,
+                patch_size=config.patch_size,
+                num_levels=config.num_levels,
+                kind=config.filter,
+            ).to(token_dtype)
+            class_BD = class_CD[class_of_B]
+            if scale != 1.0:
+                tokens_BLP = tokens_BLP.repeat(2, 1, 1)
+                class_BD = torch.cat([class_BD, model.unconditional_embedding(batch)])
+                mask_BL = None if mask_BL is None else mask_BL.repeat(2, 1)
+            z_MLD = model(tokens_BLP, class_BD, mask_BL, num_kept)
         x_NP = denoise_loop(
             head,
             z_MLD.flatten(0, 1),
@@ -153,6 +162,35 @@ def _sample(
         if on_level is not None:
             on_level(k, latent_BCHH)
     return latent_BCHH
+
+
+def _first_condition(
+    model: FAR,
+    class_CD: Tensor,
+    class_of_B: Tensor,
+    guided: bool,
+    mask_BL: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """z of outer step 0, where all tokens are zero or masked: a function of the class alone.
+
+    So the transformer sees each class once, however many images of it there are, and "no class"
+    once. Returns (B, L, D), or (2 B, L, D) with the unconditional half last.
+    """
+    if guided:
+        class_CD = torch.cat([class_CD, model.unconditional_embedding(1)])
+    count, tokens = len(class_CD), model.config.num_tokens
+    zeros_CLP = torch.zeros(
+        count, tokens, model.config.token_dim, dtype=dtype, device=class_CD.device
+    )
+    if mask_BL is None:
+        z_CLD: Tensor = model(zeros_CLP, class_CD)
+    else:
+        z_CLD = model(zeros_CLP, class_CD, mask_BL[:1].expand(count, -1), 0)
+    row_M = class_of_B
+    if guided:
+        row_M = torch.cat([class_of_B, torch.full_like(class_of_B, count - 1)])
+    return z_CLD[row_M]
 
 
 def _sample_reference(
@@ -182,24 +220,48 @@ def _device(model: FAR) -> torch.device:
     return model.fake_latent.device
 
 
-# model -> (dtype, fingerprint of its weights, copy in that dtype); one copy per model is kept.
-_copies: weakref.WeakKeyDictionary[FAR, tuple[torch.dtype, tuple[int, ...], FAR]] = (
+def _check_prepared(model: PreparedFAR, name: str, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of a model packed for the native back end; ValueError for anything else."""
+    held = model.compute_dtype
+    if name != "native" or dtype not in (None, held):
+        raise ValueError(
+            f"this model was packed for the native back end in {held}; it cannot be sampled on "
+            f"back end {name!r} in {dtype or held}. Load it again without backend='native', or "
+            "leave backend and dtype out"
+        )
+    return held
+
+
+# model -> (back end, dtype, fingerprint of its weights, copy made for them); one copy is kept.
+_copies: weakref.WeakKeyDictionary[FAR, tuple[str, torch.dtype, tuple[int, ...], FAR]] = (
     weakref.WeakKeyDictionary()
 )
+_copying = threading.Lock()
 
 
-def _in_dtype(model: FAR, dtype: torch.dtype) -> FAR:
-    """The model in eval mode and in `dtype`: itself if it is so already, else a kept copy."""
+def _prepared(model: FAR, backend: str, dtype: torch.dtype) -> FAR:
+    """The model as `backend` runs it in `dtype`, in eval mode: itself if that is what it is.
+
+    Else a copy, kept until the model is gone, its weights change or another one is asked for.
+    """
+    if isinstance(model, PreparedFAR):
+        return model
     same = all(parameter.dtype is dtype for parameter in model.parameters())
-    if same and not model.training:
+    if backend != "native" and same and not model.training:
         return model
     # Tensors made in inference mode count no versions.
     fingerprint = tuple(
         p.data_ptr() + (0 if p.is_inference() else p._version) for p in model.parameters()
     )
-    kept = _copies.get(model)
-    if kept is not None and kept[:2] == (dtype, fingerprint):
-        return kept[2]
-    converted = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
-    _copies[model] = (dtype, fingerprint, converted)
-    return converted
+    with _copying:
+        kept = _copies.get(model)
+        if kept is not None and kept[:3] == (backend, dtype, fingerprint):
+            return kept[3]
+        _copies.pop(model, None)  # free the old copy before the new one is made
+        kept = None
+        if backend == "native":
+            copied: FAR = prepare_native(model, dtype)
+        else:
+            copied = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
+        _copies[model] = (backend, dtype, fingerprint, copied)
+        return copied

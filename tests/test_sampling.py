@@ -127,7 +127,7 @@ def test_dropout_is_off_even_in_train_mode(tiny_model: FAR) -> None:
 
 def test_guidance_one_skips_the_unconditional_half(tiny_model: FAR) -> None:
     rows: list[int] = []
-    tiny_model.encoder_norm.register_forward_hook(lambda m, args, out: rows.append(len(out)))
+    tiny_model.z_proj_ln.register_forward_hook(lambda m, args, out: rows.append(len(out)))
     unguided = PLAN.with_changes(guidance_scale=1.0)
     ours = run(tiny_model, [0, 4], unguided)
     assert rows == [2] * len(unguided)

@@ -67,10 +67,13 @@ def _sections(report: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:
     }
 
 
-def _native_text(native: dict[str, str | None]) -> str:
+def _native_text(native: dict[str, str | int | None]) -> str:
     if native["problem"] is not None:
         return f"off: {native['problem']}"
-    return f"{native['path']}, runs on {native['isa']}, self-test passed"
+    return (
+        f"{native['path']}, runs on {native['isa']} ({native['why']}) in {native['dtype']} by "
+        f"default, on {native['threads']} threads; self-test passed"
+    )
 
 
 def _states(reasons: dict[str, str | None]) -> list[tuple[str, str]]:

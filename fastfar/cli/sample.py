@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 # PyTorch and the model are imported in `run`: --help and a wrong argument need not wait for them.
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
     from torch import Tensor
 
@@ -159,7 +160,9 @@ def _load(args: argparse.Namespace) -> FARPipeline:
     from fastfar.pipeline import FARPipeline
     from fastfar.tokenizer import KLVAE
 
-    pipe = FARPipeline.from_pretrained(args.checkpoint)
+    # For the native back end the weights are packed as they are read, without a copy beside them.
+    backend = args.backend if _device(args.device).type == "cpu" else None
+    pipe = FARPipeline.from_pretrained(args.checkpoint, _dtype(args.dtype), backend)
     if args.vae is not None:
         pipe.tokenizer = KLVAE.load_official(args.vae)
     if pipe.tokenizer is None:
@@ -227,6 +230,7 @@ class _Job:
         import torch
 
         from fastfar import backend
+        from fastfar.prepared import native_reason
 
         self.args, self.pipe = args, pipe
         config = pipe.model.config
@@ -236,12 +240,9 @@ class _Job:
         self.classes = parse_classes(args.classes, config.num_classes, pipe.class_names)
         self.labels = [label for label in self.classes for _ in range(args.per_class)]
         device = _device(args.device)
-        self.backend = backend.resolve(args.backend, device)
-        self.dtype = (
-            backend.best_dtype(self.backend, device)
-            if args.dtype == "auto"
-            else cast(torch.dtype, getattr(torch, args.dtype))
-        )
+        dtype = _dtype(args.dtype)
+        self.backend = backend.resolve(args.backend, device, dtype, native_reason(config))
+        self.dtype = dtype or backend.best_dtype(self.backend, device)
         self.dtype_name = str(self.dtype).removeprefix("torch.")
         self.batch_size = min(
             args.batch_size or max(1, _TOKENS_PER_BATCH // config.num_tokens), len(self.labels)
@@ -345,6 +346,12 @@ def _device(name: str) -> Any:
         return torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"--device {name!r} is not a device; give cpu, cuda or cuda:1") from error
+
+
+def _dtype(name: str) -> torch.dtype | None:
+    import torch
+
+    return None if name == "auto" else cast(torch.dtype, getattr(torch, name))
 
 
 def _report(found: dict[str, Any]) -> str:

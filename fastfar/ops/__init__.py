@@ -3,20 +3,28 @@
 from fastfar.ops._registry import Op, use_backend
 from fastfar.ops.adaln_mlp_block import adaln_mlp_block
 from fastfar.ops.attention import attention
+from fastfar.ops.convolution_residual import convolution_residual
 from fastfar.ops.denoise_loop import denoise_loop
 from fastfar.ops.filter_mask_patchify import filter_mask_patchify
+from fastfar.ops.groupnorm_silu import groupnorm_silu
 from fastfar.ops.hybrid_loss import hybrid_loss
 from fastfar.ops.layernorm_attention_residual import layernorm_attention_residual
+from fastfar.ops.layernorm_linear import layernorm_linear
 from fastfar.ops.layernorm_mlp_residual import layernorm_mlp_residual
+from fastfar.ops.upsample_convolution import upsample_convolution
 
 __all__ = [
     "Op",
     "adaln_mlp_block",
     "attention",
+    "convolution_residual",
     "denoise_loop",
     "filter_mask_patchify",
+    "groupnorm_silu",
     "hybrid_loss",
     "layernorm_attention_residual",
+    "layernorm_linear",
     "layernorm_mlp_residual",
+    "upsample_convolution",
     "use_backend",
 ]

@@ -3,7 +3,7 @@
 Matrices in the order in which a diffusion step uses them, each packed (w = width):
 
     cond_embed
-    per block:    [shift' | scale'] in turns of 16 rows, mlp.0, [gate | mlp.2] in turns of 32 rows
+    per block:    [shift' | scale'] in turns of 16 rows, gate, mlp.0, mlp.2
     final layer:  scale, [linear | linear shift] in turns of 32 rows, rows being [eps | v]
 
 LayerNorm's affine (g, b) goes into the modulation: with xhat = LN without affine,
@@ -111,13 +111,14 @@ def pack_head(head: Mapping[str, Tensor], dtype: torch.dtype) -> PackedHead:
         folded_shift_bias = shift_bias + offset * (1.0 + scale_bias)
         weights += [
             pack(_in_turns(folded_shift, gain[:, None] * scale, TILE), dtype),
+            pack(gate, dtype),
             pack(read(name + "mlp.0.weight"), dtype),
-            pack(_in_turns(gate, read(name + "mlp.2.weight"), PANEL), dtype),
+            pack(read(name + "mlp.2.weight"), dtype),
         ]
         vectors += [
             _in_turns(folded_shift_bias, gain * (1.0 + scale_bias), TILE),
-            _pad(read(name + "mlp.0.bias")),
             _pad(gate_bias),
+            _pad(read(name + "mlp.0.bias")),
             _pad(read(name + "mlp.2.bias")),
         ]
     shift, scale = read("final_layer.adaLN_modulation.1.weight").chunk(2)

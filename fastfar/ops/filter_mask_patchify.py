@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from fastfar.levels import low_pass, patchify
+from fastfar import _native
+from fastfar.levels import check_levels, filter_matrices, low_pass, patchify
 from fastfar.ops._registry import op
 
 
@@ -38,3 +44,154 @@ def filter_mask_patchify(
     if mask_BL is None:
         return tokens_BLP
     return tokens_BLP.masked_fill(mask_BL.bool()[..., None], 0.0)
+
+
+# --- native ----------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=32)
+def _tables(size: int, num_levels: int, kind: str) -> tuple[Tensor, Tensor]:
+    """A_i and A_i^T of every level, (K + 1, H, H rounded up to 16) float32, padded with zeros."""
+    matrices_KHH = filter_matrices(size, num_levels, kind).to(torch.float32)
+    table_KHX = torch.zeros(num_levels + 1, size, -(-size // 16) * 16)
+    transposed_KHX = torch.zeros_like(table_KHX)
+    table_KHX[..., :size] = matrices_KHH
+    transposed_KHX[..., :size] = matrices_KHH.transpose(1, 2)
+    return table_KHX, transposed_KHX
+
+
+def _run(
+    name: str,
+    x: Tensor,
+    out: Tensor,
+    level_B: Tensor,
+    mask_BL: Tensor | None,
+    patch_size: int,
+    num_levels: int,
+    kind: str,
+) -> Tensor:
+    """Run the native operation `name` from x to out, one of which is (B, C, H, H)."""
+    check_levels(level_B, num_levels)
+    latent, tokens = (x, out) if x.ndim == 4 else (out, x)
+    batch, channels, size, _ = latent.shape
+    matrices, transposed = _tables(size, num_levels, kind)
+    x, level_B = x.contiguous(), level_B.to(torch.int64).contiguous()
+    mask = None if mask_BL is None else mask_BL.bool().contiguous()
+    library, threads = _native.load(), torch.get_num_threads()
+    fields: dict[str, Tensor | float | None] = {
+        "dtype": _native.DTYPES[x.dtype],
+        "threads": threads,
+        "batch": batch,
+        "channels": channels,
+        "size": size,
+        "patch": patch_size,
+        "levels": num_levels,
+        "stride": matrices.shape[-1],
+        "matrices": matrices,
+        "transposed": transposed,
+        "level_B": level_B,
+        "mask_BL": mask,
+    }
+    fields |= {"latent_BCHW": x, "tokens_BLP": out} if x.ndim == 4 else {
+        "tokens_BLP": x,
+        "latent_BCHW": out,
+    }
+    scratch = torch.empty(threads * library.scratch(name, **fields, scratch=None), dtype=torch.uint8)
+    if out.numel():
+        library.call(name, **fields, scratch=scratch)
+    return out
+
+
+def _empty_tokens(latent_BCHW: Tensor, patch_size: int) -> Tensor:
+    batch, channels, size, _ = latent_BCHW.shape
+    shape = (batch, (size // patch_size) ** 2, channels * patch_size**2)
+    return torch.empty(shape, dtype=latent_BCHW.dtype, device=latent_BCHW.device)
+
+
+def _empty_latent(tokens_BLP: Tensor, patch_size: int) -> Tensor:
+    batch, length, numbers = tokens_BLP.shape
+    size = math.isqrt(length) * patch_size
+    shape = (batch, numbers // patch_size**2, size, size)
+    return torch.empty(shape, dtype=tokens_BLP.dtype, device=tokens_BLP.device)
+
+
+@torch.library.custom_op("fastfar::filter_mask_patchify", mutates_args=())
+def _forward(
+    latent_BCHW: Tensor,
+    level_B: Tensor,
+    mask_BL: Tensor | None,
+    patch_size: int,
+    num_levels: int,
+    kind: str,
+) -> Tensor:
+    out_BLP = _empty_tokens(latent_BCHW, patch_size)
+    options = (level_B, mask_BL, patch_size, num_levels, kind)
+    return _run("filter_mask_patchify", latent_BCHW, out_BLP, *options)
+
+
+@torch.library.custom_op("fastfar::filter_mask_patchify_backward", mutates_args=())
+def _backward(
+    grad_BLP: Tensor,
+    level_B: Tensor,
+    mask_BL: Tensor | None,
+    patch_size: int,
+    num_levels: int,
+    kind: str,
+) -> Tensor:
+    out_BCHW = _empty_latent(grad_BLP, patch_size)
+    options = (level_B, mask_BL, patch_size, num_levels, kind)
+    return _run("filter_mask_patchify_backward", grad_BLP, out_BCHW, *options)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, level_B, mask_BL, *ctx.options = inputs
+    ctx.save_for_backward(level_B, mask_BL)
+
+
+# The operation is linear in the latent: each of the two is the other's gradient.
+_forward.register_fake(lambda x, level_B, mask_BL, patch_size, *_: _empty_tokens(x, patch_size))
+_backward.register_fake(lambda g, level_B, mask_BL, patch_size, *_: _empty_latent(g, patch_size))
+for _one, _other in ((_forward, _backward), (_backward, _forward)):
+    _one.register_autograd(
+        lambda ctx, grad, other=_other: (
+            other(grad, *ctx.saved_tensors, *ctx.options),
+            *[None] * 5,
+        ),
+        setup_context=_setup_context,
+    )
+
+
+def _native_implementation(
+    latent_BCHW: Tensor,
+    level_B: Tensor,
+    mask_BL: Tensor | None = None,
+    *,
+    patch_size: int,
+    num_levels: int,
+    kind: str = "area_bicubic",
+) -> Tensor:
+    """See `filter_mask_patchify`; float32 or bfloat16 on the CPU, float32 arithmetic."""
+    batch, _, size, _ = latent_BCHW.shape
+    if latent_BCHW.dtype not in _native.DTYPES:
+        raise TypeError(f"the latent must be float32 or bfloat16, got {latent_BCHW.dtype}")
+    if latent_BCHW.device.type != "cpu":
+        raise ValueError(f"the latent must be on the CPU, got {latent_BCHW.device}")
+    if level_B.shape != (batch,):
+        raise ValueError(
+            f"level_B must hold one level for each of the {batch} images, "
+            f"got shape {tuple(level_B.shape)}"
+        )
+    if latent_BCHW.shape[2] != size or size % patch_size:
+        raise ValueError(
+            f"a latent of {tuple(latent_BCHW.shape[2:])} does not split into patches of {patch_size}"
+        )
+    if mask_BL is not None and mask_BL.shape != (batch, (size // patch_size) ** 2):
+        raise ValueError(
+            f"mask_BL must have shape {(batch, (size // patch_size) ** 2)}, "
+            f"got {tuple(mask_BL.shape)}"
+        )
+    tokens_BLP: Tensor = _forward(latent_BCHW, level_B, mask_BL, patch_size, num_levels, kind)
+    return tokens_BLP
+
+
+filter_mask_patchify.register("native", _native_implementation)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastfar import _native
+from fastfar.ops import _launch
 from fastfar.ops._registry import op
+from fastfar.packing import packed
 
 
 @op
@@ -31,10 +35,72 @@ def layernorm_mlp_residual(
         dropout: probability after the GELU and after the second linear layer (training).
 
     Returns:
-        (B, S, D).
+        (B, S, D), dtype of x.
+
+    Native: x and the vectors are float32 or bfloat16; the weights, packed or not, are of one of
+    these dtypes, which the operands of the products are rounded to; all else is float32. TypeError
+    for other dtypes, ValueError for other devices and shapes. With dropout, or where a gradient is
+    wanted, PyTorch computes it.
 
     Source: timm's pre-norm ViT block, as used by MAR and FAR.
     """
     h_BSD = F.layer_norm(x_BSD, (x_BSD.shape[-1],), norm_weight, norm_bias, eps)
     h_BSF = F.dropout(F.gelu(F.linear(h_BSD, fc1_weight, fc1_bias)), dropout)
     return x_BSD + F.dropout(F.linear(h_BSF, fc2_weight, fc2_bias), dropout)
+
+
+def _native_implementation(
+    x_BSD: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    *,
+    eps: float = 1e-6,
+    dropout: float = 0.0,
+) -> Tensor:
+    name = "layernorm_mlp_residual"
+    tensors = {
+        "x_BSD": x_BSD,
+        "norm_weight": norm_weight,
+        "norm_bias": norm_bias,
+        "fc1_weight": fc1_weight,
+        "fc1_bias": fc1_bias,
+        "fc2_weight": fc2_weight,
+        "fc2_bias": fc2_bias,
+    }
+    if _launch.needs_pytorch(tensors, dropout):
+        return layernorm_mlp_residual.implementations["torch"](
+            *tensors.values(), eps=eps, dropout=dropout
+        )
+    _launch.check(name, tensors)
+    width, hidden = x_BSD.shape[-1], len(fc1_bias)
+    _launch.check_matrix(name, "fc1_weight", fc1_weight, hidden, width)
+    _launch.check_matrix(name, "fc2_weight", fc2_weight, width, hidden)
+    dtype = _launch.compute_dtype(name, fc1_weight, fc2_weight)
+    out_BSD = x_BSD.new_empty(x_BSD.shape)
+    if out_BSD.numel() > 0:
+        _launch.launch(
+            name,
+            dtype=_native.DTYPES[dtype],
+            x_dtype=_native.DTYPES[x_BSD.dtype],
+            threads=torch.get_num_threads(),
+            rows=x_BSD.numel() // width,
+            width=width,
+            hidden=hidden,
+            eps=eps,
+            x_MD=x_BSD.contiguous(),
+            norm_weight=_launch.vector(name, "norm_weight", norm_weight, width),
+            norm_bias=_launch.vector(name, "norm_bias", norm_bias, width),
+            fc1=packed(fc1_weight),
+            fc1_bias=_launch.vector(name, "fc1_bias", fc1_bias, hidden),
+            fc2=packed(fc2_weight),
+            fc2_bias=_launch.vector(name, "fc2_bias", fc2_bias, width),
+            out_MD=out_BSD,
+        )
+    return out_BSD
+
+
+layernorm_mlp_residual.register("native", _native_implementation)

@@ -12,6 +12,7 @@ outermost), C latent channels, P = C * p * p token dim, T diffusion steps, K out
 
 from __future__ import annotations
 
+from .autoencoder import convolution_residual, groupnorm_silu, upsample_convolution
 from .diffusion import (
     Schedule,
     ancestral_step,
@@ -38,6 +39,7 @@ from .transformer import (
     class_embedding,
     condition,
     layernorm_attention_residual,
+    layernorm_linear,
     layernorm_mlp_residual,
 )
 
@@ -49,13 +51,16 @@ __all__ = [
     "attention",
     "class_embedding",
     "condition",
+    "convolution_residual",
     "cosine_betas",
     "denoise_loop",
     "filter_mask_patchify",
     "fourier_filter",
+    "groupnorm_silu",
     "head_forward",
     "hybrid_loss",
     "layernorm_attention_residual",
+    "layernorm_linear",
     "layernorm_mlp_residual",
     "level_weight_sine",
     "low_pass",
@@ -68,4 +73,5 @@ __all__ = [
     "timestep_embedding",
     "training_loss",
     "unpatchify",
+    "upsample_convolution",
 ]

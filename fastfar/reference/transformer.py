@@ -51,6 +51,23 @@ def layernorm_attention_residual(
     return x_BSD + F.linear(attention(qkv_BS3HE, key_mask_BS), proj_weight, proj_bias)
 
 
+def layernorm_linear(
+    x_BSD: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float = LAYERNORM_EPS,
+) -> Tensor:
+    """linear(LN(x)): what lies between the encoder and the decoder.
+
+    x_BSD: float. weight: (N, D). Returns (B, S, N).
+    """
+    h_BSD = F.layer_norm(x_BSD, x_BSD.shape[-1:], norm_weight, norm_bias, eps)
+    return F.linear(h_BSD, weight, bias)
+
+
 def layernorm_mlp_residual(
     x_BSD: Tensor,
     norm_weight: Tensor,
@@ -137,7 +154,7 @@ def condition(
 
     # Decoder: masked positions come back as the mask token.
     x_BSD = F.linear(x_BSD, params["decoder_embed.weight"], params["decoder_embed.bias"])
-    full_BSD = params["mask_token"].repeat(batch, buffer_size + length, 1)
+    full_BSD = params["mask_token"].to(x_BSD.dtype).repeat(batch, buffer_size + length, 1)
     full_BSD[keep_BS] = x_BSD.reshape(-1, width)
     x_BSD = full_BSD + params["decoder_pos_embed_learned"]
     x_BSD = _blocks(x_BSD, params, "decoder_blocks", num_heads)

@@ -7,8 +7,9 @@
 //   y = silu(base + time)                       base = W_c z + level w_l + b, once per outer step
 //   r = W_in x + b                              the same for both rows of a token
 //   d times:  h = xhat(r) scale' + shift'       [shift' | scale'] = y W_m', LN's affine folded in
+//             gate = y W_g + b_g
 //             g = silu(h W_1 + b_1)
-//             r += (y W_g + b_g) (g W_2 + b_2)
+//             r += gate (g W_2 + b_2)
 //   out = (xhat(r) (1 + y W_s)) W_f + y W_fh + b  the final shift went through W_f beforehand
 //   x = a x + b x0 + c x0_previous + s n         x0 from the guided eps
 //
@@ -31,7 +32,8 @@ inline int64_t padded_to_tile(int64_t n) { return ceil_div(n, kTile) * kTile; }
 // What a head of given sizes consists of; the order is that of fastfar/ops/_head.py.
 struct Sizes {
   int64_t width, depth, channels, condition;
-  int64_t stride;       // of float32 rows: width up to a multiple of 32
+  int64_t columns;      // width up to a multiple of 32
+  int64_t stride;       // of float32 rows: one cache line more, so that a column is not in one set
   int64_t panels;       // of a matrix with `width` outputs
   int64_t out_panels;   // of [eps | v], each up to a multiple of 16
   int64_t w;            // numbers of a panel with `width` inputs
@@ -42,16 +44,17 @@ struct Sizes {
         depth(args.depth),
         channels(args.channels),
         condition(args.condition_width),
-        stride(padded_columns(width)),
+        columns(padded_columns(width)),
+        stride(columns + 16),
         panels(ceil_div(width, kBlock)),
         out_panels(ceil_div(2 * padded_to_tile(channels), kBlock)),
         w(panel_size(width)),
         eps_columns(padded_to_tile(channels)) {}
 
   int64_t modulation_panels() const { return width / kTile; }
-  int64_t block_vectors() const { return 2 * width + 3 * stride; }
+  int64_t block_vectors() const { return 2 * width + 3 * columns; }
   // base bias, level weight, input bias, input weight
-  int64_t first_vectors() const { return (3 + channels) * stride; }
+  int64_t first_vectors() const { return (3 + channels) * columns; }
 };
 
 // One task's buffers, cut from its scratch.
@@ -59,7 +62,7 @@ template <class M>
 struct Buffers {
   using A = typename M::A;
   A *z, *y, *h, *g;
-  float *base, *r, *statistics, *out, *x, *x0;
+  float *base, *r, *gate, *statistics, *out, *x, *x0;
   int64_t bytes;
 
   Buffers(const Sizes& s, int64_t tokens, int64_t halves, char* scratch) {
@@ -73,6 +76,7 @@ struct Buffers {
     cut(h, operand_size(rows, s.width));
     cut(g, operand_size(rows, s.width));
     cut(r, rows * s.stride);
+    cut(gate, rows * s.stride);
     cut(base, rows * s.stride);
     cut(statistics, 2 * rows);
     cut(out, rows * s.out_panels * kBlock);
@@ -121,6 +125,9 @@ struct Modulate {
       store(out + j, fma((load(x + j) - mean) * rstd, scale, shift));
     }
   }
+  void prefetch(int64_t block, int64_t panel, int64_t row) const {
+    prefetch_line(r + (block * kBlock + row) * stride + panel * kTile);
+  }
 };
 
 // h = xhat (c + bias), bias = 1 + b_s.
@@ -157,20 +164,25 @@ struct Silu {
   }
 };
 
-// r += gate (second product), both with their biases.
+// r += gate (c + bias).
 struct Gate {
-  const float *gate_bias, *bias;
+  const float *bias, *gate;
   float* r;
   int64_t stride;
 
   void row(int64_t block, int64_t panel, int64_t row, const float* c) const {
-    const int64_t column = panel * kBlock;
-    float* x = r + (block * kBlock + row) * stride + column;
+    const int64_t column = panel * kBlock, place = (block * kBlock + row) * stride + column;
     for (int64_t j = 0; j < kBlock; j += kLanes) {
-      const V gate = load(c + j) + load(gate_bias + column + j);
-      const V value = load(c + kSecond + j) + load(bias + column + j);
-      store(x + j, fma(gate, value, load(x + j)));
+      const V value = load(c + j) + load(bias + column + j);
+      store(r + place + j, fma(load(gate + place + j), value, load(r + place + j)));
     }
+  }
+  void prefetch(int64_t block, int64_t panel, int64_t row) const {
+    const int64_t place = (block * kBlock + row) * stride + panel * kBlock;
+    prefetch_line(gate + place);
+    prefetch_line(gate + place + kTile);
+    prefetch_line(r + place);
+    prefetch_line(r + place + kTile);
   }
 };
 
@@ -220,7 +232,7 @@ struct Task {
   template <class E>
   void product(const A* a, const W* b, int64_t panels, E epilogue) const {
     const Segment<M> segment = by_width(a, b, s.w);
-    multiply(&segment, 1, false, blocks, 0, panels, epilogue);
+    multiply(&segment, 1, blocks, 0, panels, epilogue);
   }
 
   // base_RW of all rows. Rows and columns that only fill blocks up are zero everywhere.
@@ -236,8 +248,8 @@ struct Task {
       }
     }
     const Segment<M> segment{m.z, weights, z_depth, z_depth * kTileSize, panel_size(s.condition)};
-    Base base{vectors, vectors + s.stride, args.level, m.base, s.stride};
-    multiply(&segment, 1, false, blocks, 0, s.panels, base);
+    Base base{vectors, vectors + s.columns, args.level, m.base, s.stride};
+    multiply(&segment, 1, blocks, 0, s.panels, base);
   }
 
   // y_RW = silu(base + time).
@@ -255,13 +267,13 @@ struct Task {
     for (int64_t i = 0; i < tokens; ++i) {
       const float* x = m.x + i * s.channels;
       float* r = m.r + i * s.stride;
-      for (int64_t k = 0; k < s.stride; k += 4 * kLanes) {
+      for (int64_t k = 0; k < s.columns; k += 4 * kLanes) {
         V sums[4];
-        const int64_t vectors = smaller(4, (s.stride - k) / kLanes);
+        const int64_t vectors = smaller(4, (s.columns - k) / kLanes);
         for (int64_t v = 0; v < vectors; ++v) sums[v] = load(bias + k + v * kLanes);
         for (int64_t p = 0; p < s.channels; ++p) {
           const V value = set(x[p]);
-          const float* weight = weight_PW + p * s.stride + k;
+          const float* weight = weight_PW + p * s.columns + k;
           for (int64_t v = 0; v < vectors; ++v) {
             sums[v] = fma(value, load(weight + v * kLanes), sums[v]);
           }
@@ -322,20 +334,19 @@ struct Task {
   // One diffusion step. `weights` and `vectors` start at the first block's.
   void step(const W* weights, const float* vectors, int64_t t) const {
     activate(args.time_TW + t * s.width);
-    project(args.vectors + 3 * s.stride, args.vectors + 2 * s.stride);
+    project(args.vectors + 3 * s.columns, args.vectors + 2 * s.columns);
     for (int64_t block = 0; block < s.depth; ++block) {
       if (block > 0) all_statistics();
-      const float* bias = vectors + 2 * s.width;  // b_1, b_g, b_2
+      const float* bias = vectors + 2 * s.width;  // b_g, b_1, b_2
       product(m.y, weights, s.modulation_panels(),
               Modulate<A>{m.r, m.statistics, vectors, m.h, s.stride, depth});
       weights += s.modulation_panels() * s.w;
-      product(m.h, weights, s.panels, Silu<A>{bias, m.g, depth});
+      product(m.y, weights, s.panels, Output{bias, m.gate, s.stride});
       weights += s.panels * s.w;
-      const Segment<M> pair[2] = {by_width(m.y, weights, 2 * s.w),
-                                  by_width(m.g, weights + s.w, 2 * s.w)};
-      Gate gate{bias + s.stride, bias + 2 * s.stride, m.r, s.stride};
-      multiply(pair, 2, true, blocks, 0, s.panels, gate);
-      weights += 2 * s.panels * s.w;
+      product(m.h, weights, s.panels, Silu<A>{bias + s.columns, m.g, depth});
+      weights += s.panels * s.w;
+      product(m.g, weights, s.panels, Gate{bias + 2 * s.columns, m.gate, m.r, s.stride});
+      weights += s.panels * s.w;
       vectors += s.block_vectors();
     }
     all_statistics();
@@ -344,8 +355,8 @@ struct Task {
     weights += s.panels * s.w;
     const Segment<M> both[2] = {by_width(m.h, weights, 2 * s.w),
                                 by_width(m.y, weights + s.w, 2 * s.w)};
-    Output output{vectors + s.stride, m.out, s.out_panels * kBlock};
-    multiply(both, 2, false, blocks, 0, s.out_panels, output);
+    Output output{vectors + s.columns, m.out, s.out_panels * kBlock};
+    multiply(both, 2, blocks, 0, s.out_panels, output);
     update(args.table + t * kTableWidth, args.noise_TNP + t * args.rows * s.channels);
   }
 

@@ -72,7 +72,7 @@ FASTFAR_API int32_t fastfar_isa_select(int32_t isa);
  * set. */
 FASTFAR_API int64_t fastfar_packed_bytes(int32_t dtype, int64_t n, int64_t k);
 
-/* packed = w_NK in tile order. */
+/* packed = w_NK in tile order; rounded to the nearest even, a NaN stays one. */
 typedef struct {
   int32_t dtype;        /* of the packed weights */
   int32_t source_dtype; /* of w */
@@ -80,8 +80,86 @@ typedef struct {
   int64_t stride_n, stride_k; /* of w; a transpose swaps them */
   const void* w;
   void* packed; /* fastfar_packed_bytes(dtype, n, k) bytes, 64-byte aligned */
+  int32_t threads;
 } fastfar_pack_args;
 FASTFAR_API int32_t fastfar_pack(const fastfar_pack_args* args);
+
+/* --- the transformer -------------------------------------------------------------------------- */
+
+/* Weights are packed and of dtype `dtype`, which is that of the products; x and out are of
+ * `x_dtype`; vectors (norms, biases) are float32. `scratch` has fastfar_<op>_scratch bytes, for all
+ * threads together; these functions read only the numbers of the arguments, no pointer. LayerNorms,
+ * residuals, softmax and everything else beside the products are computed in float32. */
+
+/* out = softmax(q k^T / sqrt E) v over the positions whose key_mask is not 0 (NULL: all of them);
+ * 0 for images without such a position, as in PyTorch. */
+typedef struct {
+  int32_t dtype; /* of qkv, of the products and of out */
+  int32_t threads;
+  int64_t batch, length, heads, width; /* B, S, H, E */
+  const void* qkv_BS3HE;
+  const uint8_t* key_mask_BS;
+  void* out_BSD; /* D = H E */
+  void* scratch;
+} fastfar_attention_args;
+FASTFAR_API int32_t fastfar_attention(const fastfar_attention_args* args);
+FASTFAR_API int64_t fastfar_attention_scratch(const fastfar_attention_args* args);
+
+/* out = x + W_o attention(W_qkv LN(x) + b_qkv) + b_o; out may be x. */
+typedef struct {
+  int32_t dtype, x_dtype;
+  int32_t threads;
+  int64_t batch, length, heads, width; /* B, S, H, D */
+  float eps;
+  const void* x_BSD;
+  const float *norm_weight, *norm_bias;
+  const void* qkv; /* (3 D, D) */
+  const float* qkv_bias;
+  const void* proj; /* (D, D) */
+  const float* proj_bias;
+  const uint8_t* key_mask_BS;
+  void* out_BSD;
+  void* scratch;
+} fastfar_layernorm_attention_residual_args;
+FASTFAR_API int32_t
+fastfar_layernorm_attention_residual(const fastfar_layernorm_attention_residual_args* args);
+FASTFAR_API int64_t
+fastfar_layernorm_attention_residual_scratch(const fastfar_layernorm_attention_residual_args* args);
+
+/* out_MN = LN(x_MK) w^T + b. */
+typedef struct {
+  int32_t dtype, x_dtype;
+  int32_t threads;
+  int64_t rows, n, k;
+  float eps;
+  const void* x_MK;
+  const float *norm_weight, *norm_bias;
+  const void* weight; /* (N, K) */
+  const float* bias;
+  void* out_MN;
+  void* scratch;
+} fastfar_layernorm_linear_args;
+FASTFAR_API int32_t fastfar_layernorm_linear(const fastfar_layernorm_linear_args* args);
+FASTFAR_API int64_t fastfar_layernorm_linear_scratch(const fastfar_layernorm_linear_args* args);
+
+/* out = x + W_2 gelu(W_1 LN(x) + b_1) + b_2, with the exact GELU; out may be x. */
+typedef struct {
+  int32_t dtype, x_dtype;
+  int32_t threads;
+  int64_t rows, width, hidden;
+  float eps;
+  const void* x_MD;
+  const float *norm_weight, *norm_bias;
+  const void* fc1; /* (hidden, D) */
+  const float* fc1_bias;
+  const void* fc2; /* (D, hidden) */
+  const float* fc2_bias;
+  void* out_MD;
+  void* scratch;
+} fastfar_layernorm_mlp_residual_args;
+FASTFAR_API int32_t fastfar_layernorm_mlp_residual(const fastfar_layernorm_mlp_residual_args* args);
+FASTFAR_API int64_t
+fastfar_layernorm_mlp_residual_scratch(const fastfar_layernorm_mlp_residual_args* args);
 
 /* --- the denoising MLP ------------------------------------------------------------------------ */
 
@@ -112,6 +190,66 @@ FASTFAR_API int32_t fastfar_denoise_loop(const fastfar_denoise_loop_args* args);
 /* Bytes of scratch per thread; only the sizes of the arguments are read. */
 FASTFAR_API int64_t fastfar_denoise_loop_scratch(const fastfar_denoise_loop_args* args);
 
+/* --- frequency levels ------------------------------------------------------------------------- */
+
+/* tokens = the visible patches of A_i x A_i^T per channel, each image at its own level i: -1 and
+ * `levels` leave it as it is, 0 makes it zero; masked tokens are zero. */
+typedef struct {
+  int32_t dtype; /* of latent and tokens */
+  int32_t threads;
+  int64_t batch, channels, size, patch, levels;
+  int64_t stride;          /* of a matrix' rows: size, rounded up to a multiple of 16 */
+  const float* matrices;   /* (levels + 1, size, stride): A_i; 0 from column `size` on */
+  const float* transposed; /* the same: A_i^T */
+  const int64_t* level_B;
+  const uint8_t* mask_BL; /* not 0 where a token is masked; or NULL */
+  const void* latent_BCHW;
+  void* tokens_BLP;
+  void* scratch; /* threads * fastfar_filter_mask_patchify_scratch */
+} fastfar_filter_mask_patchify_args;
+FASTFAR_API int32_t fastfar_filter_mask_patchify(const fastfar_filter_mask_patchify_args* args);
+
+/* The adjoint: gradient of the latent, A_i^T g A_i, from that of the tokens. */
+typedef struct {
+  int32_t dtype;
+  int32_t threads;
+  int64_t batch, channels, size, patch, levels, stride;
+  const float *matrices, *transposed;
+  const int64_t* level_B;
+  const uint8_t* mask_BL;
+  const void* tokens_BLP; /* gradient of the tokens */
+  void* latent_BCHW;      /* gradient of the latent */
+  void* scratch;          /* threads * fastfar_filter_mask_patchify_backward_scratch */
+} fastfar_filter_mask_patchify_backward_args;
+FASTFAR_API int32_t fastfar_filter_mask_patchify_backward(
+    const fastfar_filter_mask_patchify_backward_args* args);
+
+/* Bytes of scratch per thread; only the sizes of the arguments are read. */
+FASTFAR_API int64_t fastfar_filter_mask_patchify_scratch(
+    const fastfar_filter_mask_patchify_args* args);
+FASTFAR_API int64_t fastfar_filter_mask_patchify_backward_scratch(
+    const fastfar_filter_mask_patchify_backward_args* args);
+
+/* --- decoding ---------------------------------------------------------------------------------- */
+
+/* y = silu(GroupNorm(x)), or GroupNorm(x), on channels-last images; the statistics are float32 or
+ * better, one pair per image and group of channels / groups channels. */
+typedef struct {
+  int32_t dtype; /* of x and y */
+  int32_t silu;  /* 0: without */
+  int32_t threads;
+  float eps;
+  int64_t batch, positions, channels, groups;
+  const void* x_BSC;
+  const float *weight_C, *bias_C;
+  void* y_BSC;   /* may be x */
+  void* scratch; /* fastfar_groupnorm_silu_scratch */
+} fastfar_groupnorm_silu_args;
+FASTFAR_API int32_t fastfar_groupnorm_silu(const fastfar_groupnorm_silu_args* args);
+
+/* Bytes of scratch for all threads together; only the sizes of the arguments are read. */
+FASTFAR_API int64_t fastfar_groupnorm_silu_scratch(const fastfar_groupnorm_silu_args* args);
+
 /* --- what the machine gives ------------------------------------------------------------------- */
 
 /* Without a buffer: every thread does `iterations` rounds of products whose operands stay in
@@ -131,14 +269,20 @@ FASTFAR_API int32_t fastfar_peak(const fastfar_peak_args* args);
 
 /* --- proof of dispatch ------------------------------------------------------------------------ */
 
-/* c_MN = bf16(a_MK) bf16(b_KN): float32 operands rounded to bfloat16 (nearest even), products
- * summed in float32; any m, n, k >= 0. Returns the instruction set whose code ran. */
+/* c_MN = a_MK b_NK^T through the product that all operations of the model use; bfloat16 rounds both
+ * factors (nearest even). K is cut into `pieces` whose sums are kept in memory, each piece into
+ * `segments` (1 or 2) whose sums stay in registers. Any m, n, k >= 0. Returns the instruction set
+ * whose code ran. */
 typedef struct {
+  int32_t dtype, threads;
+  int32_t segments, pieces;
   int64_t m, n, k;
   const float* a_MK;
-  const float* b_KN;
+  const void* b_NK; /* packed, of `dtype` */
   float* c_MN;
+  void* scratch; /* fastfar_selftest_scratch bytes in all */
 } fastfar_selftest_args;
+FASTFAR_API int64_t fastfar_selftest_scratch(const fastfar_selftest_args* args);
 FASTFAR_API int32_t fastfar_selftest(const fastfar_selftest_args* args);
 
 #ifdef __cplusplus

@@ -12,15 +12,30 @@
 
 // Every operation, by name: `int32_t fastfar_<op>(const fastfar_<op>_args*)` in fastfar_cpu.h,
 // `int32_t <op>(const fastfar_<op>_args&)` in <op>.cc. A new operation adds its name here.
-#define FASTFAR_EACH_OP(X) \
-  X(denoise_loop)          \
-  X(pack)                  \
-  X(peak)                  \
+#define FASTFAR_EACH_OP(X)        \
+  X(attention)                    \
+  X(denoise_loop)                 \
+  X(filter_mask_patchify)         \
+  X(filter_mask_patchify_backward) \
+  X(groupnorm_silu)               \
+  X(layernorm_attention_residual) \
+  X(layernorm_linear)             \
+  X(layernorm_mlp_residual)       \
+  X(pack)                         \
+  X(peak)                         \
   X(selftest)
 
 // Operations with `int64_t fastfar_<op>_scratch(const fastfar_<op>_args*)`, which is
 // `int64_t <op>_scratch(const fastfar_<op>_args&)` in <op>.cc.
-#define FASTFAR_EACH_SCRATCH(X) X(denoise_loop)
+#define FASTFAR_EACH_SCRATCH(X)   \
+  X(attention)                    \
+  X(denoise_loop)                 \
+  X(filter_mask_patchify)         \
+  X(filter_mask_patchify_backward) \
+  X(groupnorm_silu)               \
+  X(layernorm_attention_residual) \
+  X(layernorm_linear)             \
+  X(layernorm_mlp_residual)
 
 namespace fastfar {
 

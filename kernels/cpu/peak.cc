@@ -18,6 +18,15 @@ constexpr int kSums = 10;
 #endif
 constexpr int64_t kFloat32Flops = 2 * kSums * kLanes;  // of one iteration
 
+float total(const V* sums, int64_t count) {
+  float lanes[kLanes], result = 0.0F;
+  for (int64_t s = 0; s < count; ++s) {
+    store(lanes, sums[s]);
+    for (const float x : lanes) result += x;
+  }
+  return result;
+}
+
 float float32_products(int64_t iterations) {
   const V a = set(0.75F), b = set(0.5F);  // x tends to 2
   V sums[kSums];
@@ -26,9 +35,7 @@ float float32_products(int64_t iterations) {
 #pragma GCC unroll 16
     for (int s = 0; s < kSums; ++s) sums[s] = fma(sums[s], a, b);
   }
-  float total = 0.0F;
-  for (const V& x : sums) total += sum(x);
-  return total / (kSums * kLanes);
+  return total(sums, kSums) / (kSums * kLanes);
 }
 
 #if defined(FASTFAR_HAS_TILES)
@@ -38,7 +45,7 @@ constexpr int64_t kBfloat16Flops = 4 * 2 * kTile * kTile * kDepth;
 // Tiles 0..3 are sums, 4..7 operands: the shape of the products of gemm.h without their loads.
 float bfloat16_products(int64_t iterations) {
   alignas(64) bf16 a[kTileSize], b[kTileSize];
-  alignas(64) float c[kTile * kTile];
+  alignas(64) float c[4][kTile * kTile];
   for (bf16& x : a) x = to_bf16(0.75F);
   for (bf16& x : b) x = to_bf16(0.5F);
   TileScope tiles;
@@ -57,20 +64,12 @@ float bfloat16_products(int64_t iterations) {
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
-  float total = 0.0F;
-  _tile_stored(0, c, 64);
+  _tile_stored(0, c[0], 64);
+  _tile_stored(1, c[1], 64);
+  _tile_stored(2, c[2], 64);
+  _tile_stored(3, c[3], 64);
   __asm__ volatile("" : : "r"(c) : "memory");
-  total += c[0];
-  _tile_stored(1, c, 64);
-  __asm__ volatile("" : : "r"(c) : "memory");
-  total += c[0];
-  _tile_stored(2, c, 64);
-  __asm__ volatile("" : : "r"(c) : "memory");
-  total += c[0];
-  _tile_stored(3, c, 64);
-  __asm__ volatile("" : : "r"(c) : "memory");
-  total += c[kTile * kTile - 1];
-  return total / (4 * kDepth);
+  return (c[0][0] + c[1][0] + c[2][0] + c[3][kTile * kTile - 1]) / (4 * kDepth);
 }
 
 #elif defined(__AVX512BF16__)
@@ -86,9 +85,7 @@ float bfloat16_products(int64_t iterations) {
 #pragma GCC unroll 16
     for (int s = 0; s < kSums; ++s) sums[s] = _mm512_dpbf16_ps(sums[s], a, b);
   }
-  float total = 0.0F;
-  for (const V& x : sums) total += sum(x);
-  return total / (2 * kSums * kLanes);
+  return total(sums, kSums) / (2 * kSums * kLanes);
 }
 
 #else  // bfloat16 operands are widened and multiplied as float32
@@ -109,9 +106,7 @@ float read(const float* numbers, int64_t count, int64_t passes) {
       for (int64_t s = 0; s < 8; ++s) sums[s] = sums[s] + load(numbers + i + s * kLanes);
     }
   }
-  float total = 0.0F;
-  for (const V& x : sums) total += sum(x);
-  return total;
+  return total(sums, 8);
 }
 
 constexpr int64_t kGrain = 8 * 16;  // numbers: 8 of the widest vectors

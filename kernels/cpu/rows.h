@@ -81,6 +81,45 @@ inline void write_normalised(A* a, int64_t depth, int64_t row, const float* x, i
   }
 }
 
+// Activations of either dtype (FASTFAR_FLOAT32 or FASTFAR_BFLOAT16), by index.
+struct Numbers {
+  void* p;
+  int32_t dtype;
+
+  V get(int64_t index, int64_t count) const {
+    return dtype == FASTFAR_FLOAT32 ? load_part(static_cast<const float*>(p) + index, count)
+                                    : load_part(static_cast<const bf16*>(p) + index, count);
+  }
+  void put(int64_t index, V x, int64_t count) const {
+    if (dtype == FASTFAR_FLOAT32) {
+      store_part(static_cast<float*>(p) + index, x, count);
+    } else {
+      store_part(static_cast<bf16*>(p) + index, x, count);
+    }
+  }
+};
+
+// a = LN(x) weight + bias for all rows of x_MK. `buffers` has room for a row of padded_columns(k)
+// float32 per thread; bfloat16 rows are widened there.
+template <class A>
+inline void normalise(int32_t threads, int64_t rows, int64_t k, const Numbers& x_MK,
+                      const float* weight, const float* bias, float eps, A* a, float* buffers) {
+  const int64_t depth = depth_of(k);
+  parallel_for(threads, ceil_div(rows, kTile), [&](int64_t task, int32_t worker) {
+    float* buffer = buffers + worker * padded_columns(k);
+    for (int64_t row = task * kTile; row < smaller(rows, (task + 1) * kTile); ++row) {
+      const float* x = static_cast<const float*>(x_MK.p) + row * k;
+      if (x_MK.dtype != FASTFAR_FLOAT32) {
+        for (int64_t i = 0; i < k; i += kLanes) store(buffer + i, x_MK.get(row * k + i, k - i));
+        x = buffer;
+      }
+      float mean, rstd;
+      row_statistics(x, k, eps, mean, rstd);
+      write_normalised(a, depth, row, x, k, mean, rstd, weight, bias);
+    }
+  });
+}
+
 }  // namespace
 }  // namespace FASTFAR_TARGET
 }  // namespace fastfar

@@ -1,220 +1,115 @@
-// selftest: c_MN = bf16(a_MK) bf16(b_KN), float32 accumulation.
+// selftest: c_MN = a_MK b_NK^T through `multiply` of gemm.h, with all that it can do: the two
+// arithmetics, sums over two segments, K in pieces, several threads.
 //
-// Not an operation of the model: it is the smallest kernel that uses what each instruction set is
-// there for, and it travels the way that every later kernel will (C ABI, table, one copy per set).
-// The matrices are cut into 16x16 outputs and 32-deep panels, zero-padded on the stack:
-//   a_tile  16 rows x 32 bf16, row-major
-//   b_tile  16 pairs x 16 columns x 2 bf16: element (2p, j) beside (2p + 1, j), as AMX and
-//           AVX512_BF16 both read it
-//   c_tile  16 x 16 float32
-// Only multiply_tile differs between the sets.
-#include <cstdint>
-#include <cstring>
-
-#include "fastfar_cpu.h"
+// Not an operation of the model: the smallest one that uses what each instruction set is there for.
+#include "gemm.h"
 #include "ops.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#ifndef FASTFAR_TARGET
-#error "compile this file through CMakeLists.txt, once per instruction set"
-#endif
 
 namespace fastfar {
 namespace FASTFAR_TARGET {
 namespace {
 
-constexpr int64_t kRows = 16;
-constexpr int64_t kCols = 16;
-constexpr int64_t kPairs = 16;
-constexpr int64_t kDepth = 2 * kPairs;
-
-struct alignas(64) Tiles {
-  uint16_t a[kRows * kDepth];
-  uint16_t b[kPairs * kCols * 2];
-  float c[kRows * kCols];
-};
-
-// Rounds to the nearest bfloat16, ties to even; a NaN stays a (quiet) NaN.
-inline uint16_t to_bf16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  if ((bits & 0x7fffffffU) > 0x7f800000U) return static_cast<uint16_t>((bits >> 16) | 0x40U);
-  return static_cast<uint16_t>((bits + 0x7fffU + ((bits >> 16) & 1U)) >> 16);
-}
-
-#if defined(__AMX_BF16__) || defined(__AMXBF16__)  // gcc and new clang, old clang
-
+#if defined(FASTFAR_HAS_TILES)
 constexpr int32_t kIsa = FASTFAR_ISA_AMX;
-
-struct alignas(64) TileConfig {
-  uint8_t palette;
-  uint8_t start_row;
-  uint8_t reserved[14];
-  uint16_t row_bytes[16];
-  uint8_t rows[16];
-};
-static_assert(sizeof(TileConfig) == 64, "the size that LDTILECFG reads");
-
-// The intrinsics tell the compiler of 8 of the configuration's 64 bytes, and of nothing that a
-// tile load reads: without a barrier it may drop or delay the stores before them.
-inline void memory_barrier() { __asm__ volatile("" ::: "memory"); }
-
-void begin() {
-  TileConfig config = {};
-  config.palette = 1;
-  for (int tile = 0; tile < 3; ++tile) {
-    config.row_bytes[tile] = 64;
-    config.rows[tile] = 16;
-  }
-  __asm__ volatile("" : : "r"(&config) : "memory");
-  _tile_loadconfig(&config);
-}
-
-void end() { _tile_release(); }
-
-void multiply_tile(Tiles& t) {
-  memory_barrier();
-  _tile_loadd(0, t.c, kCols * sizeof(float));
-  _tile_loadd(1, t.a, kDepth * sizeof(uint16_t));
-  _tile_loadd(2, t.b, 2 * kCols * sizeof(uint16_t));
-  _tile_dpbf16ps(0, 1, 2);
-  _tile_stored(0, t.c, kCols * sizeof(float));
-  memory_barrier();
-}
-
-#else
-
-void begin() {}
-void end() {}
-
-#if defined(__AVX512F__)
-
-// The pair (a[i][2p], a[i][2p + 1]) as one 32-bit word in every lane.
-inline __m512i pair_of_a(const Tiles& t, int64_t i, int64_t p) {
-  int32_t pair;
-  std::memcpy(&pair, &t.a[i * kDepth + 2 * p], sizeof(pair));
-  return _mm512_set1_epi32(pair);
-}
-
-#if defined(__AVX512BF16__)
-
+#elif defined(__AVX512BF16__)
 constexpr int32_t kIsa = FASTFAR_ISA_AVX512_BF16;
-
-inline __m512 dot_pairs(__m512 sum, __m512i a, __m512i b) {
-  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
-}
-
-#else
-
+#elif defined(__AVX512F__)
 constexpr int32_t kIsa = FASTFAR_ISA_AVX512;
-
-// A bfloat16 is the upper half of a float32: shift the even element up, mask the odd one.
-inline __m512 even(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
-inline __m512 odd(__m512i pairs) {
-  return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-0x10000)));
-}
-
-inline __m512 dot_pairs(__m512 sum, __m512i a, __m512i b) {
-  return _mm512_fmadd_ps(odd(a), odd(b), _mm512_fmadd_ps(even(a), even(b), sum));
-}
-
+#elif defined(__AVX2__)
+constexpr int32_t kIsa = FASTFAR_ISA_AVX2;
+#else
+constexpr int32_t kIsa = FASTFAR_ISA_SCALAR;
 #endif
 
-void multiply_tile(Tiles& t) {
-  for (int64_t i = 0; i < kRows; ++i) {
-    __m512 sum = _mm512_load_ps(t.c + i * kCols);
-    for (int64_t p = 0; p < kPairs; ++p)
-      sum = dot_pairs(sum, pair_of_a(t, i, p), _mm512_load_si512(t.b + p * kCols * 2));
-    _mm512_store_ps(t.c + i * kCols, sum);
+constexpr int64_t kPanelsPerTask = 3;
+
+struct Writer {
+  const fastfar_selftest_args& args;
+
+  void row(int64_t block, int64_t panel, int64_t row, const float* c) const {
+    const int64_t m = block * kBlock + row, n = panel * kBlock;
+    if (m >= args.m) return;
+    const int64_t count = smaller(kBlock, args.n - n);
+    std::memcpy(args.c_MN + m * args.n + n, c, static_cast<size_t>(count) * sizeof(float));
   }
+};
+
+// Numbers of partial sums that a worker keeps.
+int64_t partial_size(const fastfar_selftest_args& args) {
+  return args.pieces > 1 ? kPanelsPerTask * padded_rows(args.m) * kBlock : 0;
 }
 
-#elif defined(__AVX2__)
+// Where piece or segment `i` of `count` begins.
+int64_t begin_of(int64_t i, int64_t count, int64_t depth) { return i * depth / count; }
 
-constexpr int32_t kIsa = FASTFAR_ISA_AVX2;
-
-inline __m256 even(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
-inline __m256 odd(__m256i pairs) {
-  return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(-0x10000)));
-}
-
-void multiply_tile(Tiles& t) {
-  constexpr int64_t kLanes = 8;
-  for (int64_t i = 0; i < kRows; ++i) {
-    for (int64_t j = 0; j < kCols; j += kLanes) {
-      __m256 sum = _mm256_load_ps(t.c + i * kCols + j);
-      for (int64_t p = 0; p < kPairs; ++p) {
-        int32_t pair;
-        std::memcpy(&pair, &t.a[i * kDepth + 2 * p], sizeof(pair));
-        const __m256i a = _mm256_set1_epi32(pair);
-        const __m256i b =
-            _mm256_load_si256(reinterpret_cast<const __m256i*>(t.b + (p * kCols + j) * 2));
-        sum = _mm256_fmadd_ps(odd(a), odd(b), _mm256_fmadd_ps(even(a), even(b), sum));
+template <class M>
+void run(const fastfar_selftest_args& args) {
+  using A = typename M::A;
+  const int64_t depth = depth_of(args.k), blocks = ceil_div(args.m, kBlock);
+  A* a = static_cast<A*>(args.scratch);
+  float* sums = reinterpret_cast<float*>(a + operand_size(args.m, args.k));
+  parallel_for(args.threads, blocks, [&](int64_t block, int32_t) {
+    for (int64_t row = block * kBlock; row < (block + 1) * kBlock; ++row) {
+      for (int64_t k = 0; k < padded_columns(args.k); ++k) {
+        const bool inside = row < args.m && k < args.k;
+        const float value = inside ? args.a_MK[row * args.k + k] : 0.0F;
+        const bool rounded = args.dtype == FASTFAR_BFLOAT16;
+        store_one(at(a, depth, row, k), rounded ? from_bf16(to_bf16(value)) : value);
       }
-      _mm256_store_ps(t.c + i * kCols + j, sum);
     }
-  }
+  });
+  const int64_t panels = ceil_div(args.n, kBlock), pieces = smaller(args.pieces, depth);
+  parallel_for(args.threads, ceil_div(panels, kPanelsPerTask), [&](int64_t task, int32_t worker) {
+    const TileScope tiles;
+    Writer writer{args};
+    float* partial = pieces > 1 ? sums + worker * partial_size(args) : nullptr;
+    const int64_t panel0 = task * kPanelsPerTask;
+    const int64_t panel1 = smaller(panel0 + kPanelsPerTask, panels);
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+      const int64_t first = begin_of(piece, pieces, depth);
+      const int64_t length = begin_of(piece + 1, pieces, depth) - first;
+      Segment<M> segments[2];
+      const int64_t count = smaller(args.segments, length);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t tile = first + begin_of(i, count, length);
+        const int64_t end = first + begin_of(i + 1, count, length);
+        const auto* b = static_cast<const typename M::W*>(args.b_NK);
+        segments[i] = {a + tile * kTileSize, b + tile * kPanelStep, end - tile, depth * kTileSize,
+                       depth * kPanelStep};
+      }
+      multiply(segments, static_cast<int>(count), blocks, panel0, panel1, writer, partial,
+               piece > 0, piece + 1 < pieces);
+    }
+  });
 }
-
-#else
-
-constexpr int32_t kIsa = FASTFAR_ISA_SCALAR;
-
-inline float from_bf16(uint16_t value) {
-  const uint32_t bits = static_cast<uint32_t>(value) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof(result));
-  return result;
-}
-
-void multiply_tile(Tiles& t) {
-  for (int64_t i = 0; i < kRows; ++i)
-    for (int64_t p = 0; p < kDepth; ++p)
-      for (int64_t j = 0; j < kCols; ++j)
-        t.c[i * kCols + j] +=
-            from_bf16(t.a[i * kDepth + p]) * from_bf16(t.b[((p / 2) * kCols + j) * 2 + p % 2]);
-}
-
-#endif  // which vector set
-#endif  // AMX or not
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 }  // namespace
 
+int64_t selftest_scratch(const fastfar_selftest_args& args) {
+  const int64_t workers = larger(args.threads, 1);
+  const int64_t size = operand_size(args.m, args.k) + workers * partial_size(args);
+  return size * static_cast<int64_t>(sizeof(float));
+}
+
 int32_t selftest(const fastfar_selftest_args& args) {
-  const int64_t m = args.m, n = args.n, k = args.k;
-  const float *a_MK = args.a_MK, *b_KN = args.b_KN;
-  float* c_MN = args.c_MN;
-  if (m < 0 || n < 0 || k < 0) return FASTFAR_ERROR_ARGUMENT;
-  if (a_MK == nullptr || b_KN == nullptr || c_MN == nullptr) return FASTFAR_ERROR_ARGUMENT;
-  Tiles t;
-  begin();
-  for (int64_t i0 = 0; i0 < m; i0 += kRows) {
-    const int64_t rows = smaller(kRows, m - i0);
-    for (int64_t j0 = 0; j0 < n; j0 += kCols) {
-      const int64_t cols = smaller(kCols, n - j0);
-      std::memset(t.c, 0, sizeof(t.c));
-      for (int64_t k0 = 0; k0 < k; k0 += kDepth) {
-        const int64_t depth = smaller(kDepth, k - k0);
-        std::memset(t.a, 0, sizeof(t.a));
-        std::memset(t.b, 0, sizeof(t.b));
-        for (int64_t i = 0; i < rows; ++i)
-          for (int64_t p = 0; p < depth; ++p)
-            t.a[i * kDepth + p] = to_bf16(a_MK[(i0 + i) * k + k0 + p]);
-        for (int64_t p = 0; p < depth; ++p)
-          for (int64_t j = 0; j < cols; ++j)
-            t.b[((p / 2) * kCols + j) * 2 + p % 2] = to_bf16(b_KN[(k0 + p) * n + j0 + j]);
-        multiply_tile(t);
-      }
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < cols; ++j) c_MN[(i0 + i) * n + j0 + j] = t.c[i * kCols + j];
-    }
+  if (args.m < 0 || args.n < 0 || args.k < 0) return FASTFAR_ERROR_ARGUMENT;
+  if (args.segments < 1 || args.segments > 2 || args.pieces < 1) return FASTFAR_ERROR_ARGUMENT;
+  if (args.dtype != FASTFAR_FLOAT32 && args.dtype != FASTFAR_BFLOAT16)
+    return FASTFAR_ERROR_ARGUMENT;
+  if (args.m == 0 || args.n == 0) return kIsa;
+  if (args.c_MN == nullptr) return FASTFAR_ERROR_ARGUMENT;
+  if (args.k == 0) {
+    std::memset(args.c_MN, 0, static_cast<size_t>(args.m * args.n) * sizeof(float));
+    return kIsa;
   }
-  end();
+  if (args.a_MK == nullptr || args.b_NK == nullptr || args.scratch == nullptr) {
+    return FASTFAR_ERROR_ARGUMENT;
+  }
+  if (args.dtype == FASTFAR_BFLOAT16) {
+    run<Bfloat16>(args);
+  } else {
+    run<Float32>(args);
+  }
   return kIsa;
 }
 

@@ -70,8 +70,7 @@ inline void store_bf16(bf16* p, V x) {
 #else
   const __m512i word = _mm512_castps_si512(x);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(word, 16), _mm512_set1_epi32(1));
-  const __m512i rounded =
-      _mm512_add_epi32(_mm512_add_epi32(word, _mm512_set1_epi32(0x7fff)), odd);
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(word, _mm512_set1_epi32(0x7fff)), odd);
   const __m512i quiet = _mm512_or_si512(word, _mm512_set1_epi32(0x400000));
   const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
   const __m512i chosen = _mm512_mask_blend_epi32(nan, rounded, quiet);
@@ -103,8 +102,7 @@ inline V scale_by_power_of_two(V x, V n) {
   const __m256i half = _mm256_srai_epi32(whole, 1);
   const __m256i bias = _mm256_set1_epi32(127);
   const __m256i a = _mm256_slli_epi32(_mm256_add_epi32(half, bias), 23);
-  const __m256i b =
-      _mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(whole, half), bias), 23);
+  const __m256i b = _mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(whole, half), bias), 23);
   return x * _mm256_castsi256_ps(a) * _mm256_castsi256_ps(b);
 }
 inline float sum(V x) {
@@ -124,8 +122,7 @@ inline V load_bf16(const bf16* p) {
 inline void store_bf16(bf16* p, V x) {
   const __m256i word = _mm256_castps_si256(x);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(word, 16), _mm256_set1_epi32(1));
-  const __m256i rounded =
-      _mm256_add_epi32(_mm256_add_epi32(word, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(word, _mm256_set1_epi32(0x7fff)), odd);
   const __m256i quiet = _mm256_or_si256(word, _mm256_set1_epi32(0x400000));
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
   const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
@@ -222,6 +219,129 @@ inline V exponential(V x) {
 }
 
 inline V silu(V x) { return x / (set(1.0F) + exponential(set(0.0F) - x)); }
+
+// 2^x for x <= 127, relative error below 2e-7; 0 below -150, -infinity included. NaN stays NaN.
+// 2^n 2^f with |f| <= 1/2; 2^f = 1 + f P(f), P of degree 5 with the least maximum of the relative
+// error (2e-9), found by weighted least squares whose weights were made to follow the error.
+inline V power_of_two(V x) {
+  const V bounded = max(set(-160.0F), x);  // this order keeps a NaN
+  const V n = round(bounded), f = bounded - n;
+  V p = set(1.53533620e-4F);
+  p = fma(p, f, set(1.33988750e-3F));
+  p = fma(p, f, set(9.61843692e-3F));
+  p = fma(p, f, set(5.55033237e-2F));
+  p = fma(p, f, set(2.40226477e-1F));
+  p = fma(p, f, set(6.93147182e-1F));
+  p = fma(p, f, set(1.0F));
+  return scale_by_power_of_two(p, n);
+}
+
+// The exact GELU, x (1 + erf(x / sqrt 2)) / 2 = max(x, 0) - |x| erfc(|x| / sqrt 2) / 2, which has
+// no cancellation for negative x. erfc(a / sqrt 2) = 2^(a P(a)), P of degree 9, fitted as above on
+// 0 <= a <= 6 to the relative error of erfc down to erfc = 0.001 and to the absolute one beyond
+// (both below 1e-8); further out the power only falls. Absolute error below 7e-8 max(1, x).
+inline V gelu(V x) {
+  const V a = min(set(20.0F), absolute(x));  // this order keeps a NaN
+  V p = set(-2.88918489e-8F);
+  p = fma(p, a, set(8.62834668e-7F));
+  p = fma(p, a, set(-1.10206402e-5F));
+  p = fma(p, a, set(7.67119636e-5F));
+  p = fma(p, a, set(-2.79916014e-4F));
+  p = fma(p, a, set(-1.56613055e-6F));
+  p = fma(p, a, set(6.95192721e-3F));
+  p = fma(p, a, set(-5.24468161e-2F));
+  p = fma(p, a, set(-4.59218413e-1F));
+  p = fma(p, a, set(-1.15110445F));
+  return fma(a * set(-0.5F), power_of_two(p * a), max(set(0.0F), x));
+}
+
+// 1 / x, relative error below 7e-5; 0 for infinity.
+inline V rough_reciprocal(V x) {
+#if defined(__AVX512F__)
+  return _mm512_rcp14_ps(x);
+#else
+  return set(1.0F) / x;
+#endif
+}
+
+// x / (1 + e^-x) for results that are rounded to bfloat16: relative error below 2^-12. A cubic for
+// 2^f, |f| <= 1/2, with the least maximum of the relative error (7.5e-5), fitted as above.
+inline V silu_for_bf16(V x) {
+  const V t = max(set(-126.0F), x * set(-1.44269504F));  // this order keeps a NaN
+  const V n = round(min(set(200.0F), t)), f = t - n;
+  V p = set(5.51715381e-2F);
+  p = fma(p, f, set(2.42611147e-1F));
+  p = fma(p, f, set(6.93261013e-1F));
+  p = fma(p, f, set(9.99928073e-1F));
+  return x * rough_reciprocal(set(1.0F) + scale_by_power_of_two(p, n));
+}
+
+// --- 32-bit words in other orders ---------------------------------------------------------------
+
+// out[j * out_stride + i] = in[i * in_stride + j] for i, j in 0..15, strides in words; 0 where
+// i >= rows or j >= columns, words that are not read.
+inline void transpose_words(const void* in_words, int64_t in_stride, int64_t rows, int64_t columns,
+                            void* out_words, int64_t out_stride) {
+  const char* in = static_cast<const char*>(in_words);
+  char* out = static_cast<char*>(out_words);
+  in_stride *= 4;
+  out_stride *= 4;
+#if defined(__AVX512F__)
+  const __mmask16 mask = static_cast<__mmask16>(columns >= 16 ? 0xffff : (1 << columns) - 1);
+  __m512i x[16], y[16];
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < 16; ++i) {
+    x[i] = i < rows ? _mm512_maskz_loadu_epi32(mask, in + i * in_stride) : _mm512_setzero_si512();
+  }
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < 16; i += 2) {
+    y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+    y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+  }
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < 16; i += 4) {  // x[i + j]: column 4 lane + j of rows i .. i + 3
+    x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
+    x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
+    x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
+    x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
+  }
+#pragma GCC unroll 16
+  for (int64_t j = 0; j < 4; ++j) {
+    const __m512i a = _mm512_shuffle_i32x4(x[j], x[j + 4], 0x88);
+    const __m512i b = _mm512_shuffle_i32x4(x[j], x[j + 4], 0xdd);
+    const __m512i c = _mm512_shuffle_i32x4(x[j + 8], x[j + 12], 0x88);
+    const __m512i d = _mm512_shuffle_i32x4(x[j + 8], x[j + 12], 0xdd);
+    _mm512_storeu_si512(out + j * out_stride, _mm512_shuffle_i32x4(a, c, 0x88));
+    _mm512_storeu_si512(out + (j + 4) * out_stride, _mm512_shuffle_i32x4(b, d, 0x88));
+    _mm512_storeu_si512(out + (j + 8) * out_stride, _mm512_shuffle_i32x4(a, c, 0xdd));
+    _mm512_storeu_si512(out + (j + 12) * out_stride, _mm512_shuffle_i32x4(b, d, 0xdd));
+  }
+#else
+  for (int64_t j = 0; j < 16; ++j) {
+    for (int64_t i = 0; i < 16; ++i) {
+      uint32_t word = 0;
+      if (i < rows && j < columns) std::memcpy(&word, in + i * in_stride + j * 4, 4);
+      std::memcpy(out + j * out_stride + i * 4, &word, 4);
+    }
+  }
+#endif
+}
+
+// out = a[0], b[0], a[1], b[1], ..., 16 of each.
+inline void interleave(const bf16* a, const bf16* b, bf16* out) {
+#if defined(__AVX512F__)
+  const __m512i low =
+      _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a)));
+  const __m512i high =
+      _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)));
+  _mm512_storeu_si512(out, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+#else
+  for (int64_t i = 0; i < 16; ++i) {
+    out[2 * i] = a[i];
+    out[2 * i + 1] = b[i];
+  }
+#endif
+}
 
 }  // namespace
 }  // namespace FASTFAR_TARGET
