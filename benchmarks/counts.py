@@ -60,8 +60,8 @@ class Head:
 
     def hoisted_flops(self) -> int:
         """PyTorch's implementation of the op: the embeddings once, one input projection."""
-        w, outputs = self.width, (self.halves + 1) * self.channels * w
-        step = self.rows * (5 * self.depth + 2) * w * w + self.tokens * (self.channels * w + outputs)
+        w, ends = self.width, (self.halves + 2) * self.channels  # input, then outputs
+        step = self.rows * (5 * self.depth + 2) * w * w + self.tokens * ends * w
         return 2 * (self._once() + self.steps * step)
 
     def native_flops(self) -> int:
@@ -71,8 +71,8 @@ class Head:
         output twice w, of the normalised row and of the folded shift: 2 P outputs of a conditional
         row, P of an unconditional one.
         """
-        w, outputs = self.width, 2 * (self.halves + 1) * self.channels * self.width
-        step = self.rows * (5 * self.depth + 1) * w * w + self.tokens * (self.channels * w + outputs)
+        w, ends = self.width, (2 * self.halves + 3) * self.channels
+        step = self.rows * (5 * self.depth + 1) * w * w + self.tokens * ends * w
         return 2 * (self._once() + self.steps * step)
 
     def native_bytes(self, size: int = 2) -> int:

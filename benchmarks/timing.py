@@ -14,9 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 import peak
+import torch
 from rows import quantiles
 
 MIN_SECONDS = 0.005

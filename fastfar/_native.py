@@ -51,7 +51,7 @@ _OPERATIONS: dict[str, str] = {
     ),
     "denoise_loop": (
         "dtype:i threads:i rows:q halves:q width:q depth:q channels:q condition_width:q steps:q "
-        "rows_per_task:q weights:p vectors:p condition_MD:p time_TW:p table:p initial_NP:p "
+        "rows_per_task:q steps_ahead:q weights:p vectors:p condition_MD:p time_TW:p table:p initial_NP:p "
         "noise_TNP:p level:f guidance_scale:f x0_low:f x0_high:f out_NP:p scratch:p"
     ),
     "filter_mask_patchify": (
@@ -97,6 +97,7 @@ _WITH_SCRATCH = {
     "layernorm_attention_residual",
     "layernorm_linear",
     "layernorm_mlp_residual",
+    "selftest",
 }
 
 
@@ -136,7 +137,7 @@ class NativeLibrary:
                 function = getattr(self._c, f"fastfar_{op}")
                 function.restype = _INT
                 function.argtypes = (ctypes.POINTER(structure),)
-                if op in _WITH_SCRATCH:
+                if op in _WITH_SCRATCH and hasattr(self._c, f"fastfar_{op}_scratch"):  # TEMPORARY
                     function = getattr(self._c, f"fastfar_{op}_scratch")
                     function.restype = _SIZE
                     function.argtypes = (ctypes.POINTER(structure),)
@@ -221,28 +222,59 @@ class NativeLibrary:
         size: int = self._c.fastfar_packed_bytes(DTYPES[dtype], n, k)
         return size
 
-    def selftest(self, a_MK: Tensor, b_KN: Tensor) -> tuple[Tensor, str]:
-        """bf16(a) bf16(b) with float32 sums, and the instruction set whose code ran.
+    def selftest(
+        self, a_MK: Tensor, b_KN: Tensor, dtype: torch.dtype = torch.bfloat16
+    ) -> tuple[Tensor, str]:
+        """a b through the product of all kernels, and the instruction set whose code ran.
 
-        a_MK: (M, K) float32, b_KN: (K, N) float32, on the CPU; any strides (copied if they are
-        not contiguous). Returns (M, N) float32. Raises ValueError or TypeError on other input.
+        a_MK: (M, K) float32, b_KN: (K, N) float32, on the CPU; any strides. dtype: bfloat16 rounds
+        both, float32 does not; sums are float32. Returns (M, N) float32. Raises ValueError or
+        TypeError on other input.
         """
-        if a_MK.dtype != torch.float32 or b_KN.dtype != torch.float32:
-            raise TypeError(f"selftest needs float32, got {a_MK.dtype} and {b_KN.dtype}")
+        if a_MK.dtype != torch.float32 or b_KN.dtype != torch.float32 or dtype not in DTYPES:
+            raise TypeError(
+                f"selftest needs float32, got {a_MK.dtype} and {b_KN.dtype}; "
+                f"it computes in float32 or bfloat16, not {dtype}"
+            )
         if a_MK.dim() != 2 or b_KN.dim() != 2 or a_MK.shape[1] != b_KN.shape[0]:
             raise ValueError(
                 f"selftest needs (M, K) and (K, N), got {tuple(a_MK.shape)}, {tuple(b_KN.shape)}"
             )
         if a_MK.device.type != "cpu" or b_KN.device.type != "cpu":
             raise ValueError(f"selftest needs CPU tensors, got {a_MK.device} and {b_KN.device}")
-        a_MK, b_KN = a_MK.contiguous(), b_KN.contiguous()
+        a_MK = a_MK.contiguous()
         (m, k), n = a_MK.shape, b_KN.shape[1]
-        c_MN = torch.empty(m, n)
-        if m == 0 or n == 0:
+        c_MN = torch.zeros(m, n)
+        if m == 0 or n == 0 or k == 0:
             return c_MN, self.selected
-        if k == 0:
-            return c_MN.zero_(), self.selected
-        status = self.call("selftest", m=m, n=n, k=k, a_MK=a_MK, b_KN=b_KN, c_MN=c_MN)
+        threads = torch.get_num_threads()
+        b_NK = torch.empty(self.packed_bytes(dtype, n, k), dtype=torch.uint8)
+        self.call(
+            "pack",
+            dtype=DTYPES[dtype],
+            source_dtype=DTYPES[b_KN.dtype],
+            n=n,
+            k=k,
+            stride_n=b_KN.stride(1),
+            stride_k=b_KN.stride(0),
+            w=b_KN,
+            packed=b_NK,
+            threads=threads,
+        )
+        fields: dict[str, Tensor | float | None] = {
+            "dtype": DTYPES[dtype],
+            "threads": threads,
+            "segments": 2,
+            "pieces": 2,
+            "m": m,
+            "n": n,
+            "k": k,
+            "a_MK": a_MK,
+            "b_NK": b_NK,
+            "c_MN": c_MN,
+        }
+        scratch = torch.empty(self.scratch("selftest", **fields, scratch=None), dtype=torch.uint8)
+        status = self.call("selftest", **fields, scratch=scratch)
         return c_MN, self._names[status]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastfar.config import FARConfig
 from fastfar.diffusion import timestep_embedding
-from fastfar.ops import adaln_mlp_block
+from fastfar.ops import adaln_mlp_block, linear
 
 EPS = 1e-6
 TIME_FEATURES = 256
@@ -32,8 +32,8 @@ class TimestepEmbedder(nn.Module):
         dtype = _linear(self.mlp, 0).weight.dtype
         exact = torch.promote_types(dtype, torch.float32)
         features = timestep_embedding(timestep_N, TIME_FEATURES, exact)
-        out: Tensor = self.mlp(features.to(dtype))
-        return out
+        h_NW = F.silu(_apply(_linear(self.mlp, 0), features.to(dtype)))
+        return _apply(_linear(self.mlp, 2), h_NW)
 
 
 def _linear(layers: nn.Sequential, index: int) -> nn.Linear:
@@ -41,6 +41,11 @@ def _linear(layers: nn.Sequential, index: int) -> nn.Linear:
     layer = layers[index]
     assert isinstance(layer, nn.Linear)
     return layer
+
+
+def _apply(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The layer through the op, which has native kernels."""
+    return linear(x, layer.weight, layer.bias)
 
 
 def _modulation(width: int, count: int) -> nn.Sequential:
@@ -56,9 +61,11 @@ class ResBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.adaLN_modulation = _modulation(width, 3)
 
-    def forward(self, x_NW: Tensor, condition_NW: Tensor) -> Tensor:
+    def forward(self, x_NW: Tensor, activated_NW: Tensor) -> Tensor:
+        """activated_NW: SiLU of the condition, which all modulations share."""
         fc1, fc2 = _linear(self.mlp, 0), _linear(self.mlp, 2)
-        shift_NW, scale_NW, gate_NW = self.adaLN_modulation(condition_NW).chunk(3, dim=-1)
+        modulation = _apply(_linear(self.adaLN_modulation, 1), activated_NW)
+        shift_NW, scale_NW, gate_NW = modulation.chunk(3, dim=-1)
         return adaln_mlp_block(
             x_NW,
             shift_NW,
@@ -82,11 +89,11 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(width, out_features)
         self.adaLN_modulation = _modulation(width, 2)
 
-    def forward(self, x_NW: Tensor, condition_NW: Tensor) -> Tensor:
-        shift_NW, scale_NW = self.adaLN_modulation(condition_NW).chunk(2, dim=-1)
+    def forward(self, x_NW: Tensor, activated_NW: Tensor) -> Tensor:
+        modulation = _apply(_linear(self.adaLN_modulation, 1), activated_NW)
+        shift_NW, scale_NW = modulation.chunk(2, dim=-1)
         h_NW = F.layer_norm(x_NW, (x_NW.shape[-1],), eps=EPS)
-        out: Tensor = self.linear(h_NW * (1 + scale_NW) + shift_NW)
-        return out
+        return _apply(self.linear, h_NW * (1 + scale_NW) + shift_NW)
 
 
 class DenoisingMLP(nn.Module):
@@ -111,12 +118,13 @@ class DenoisingMLP(nn.Module):
         self, x_NP: Tensor, timestep_N: Tensor, condition_ND: Tensor, level_N: Tensor
     ) -> Tensor:
         level_N1 = level_N[:, None].to(self.index_cond_embed.weight.dtype)
-        y_NW = self.time_embed(timestep_N) + self.cond_embed(condition_ND)
+        y_NW = self.time_embed(timestep_N) + _apply(self.cond_embed, condition_ND)
         y_NW = y_NW + self.index_cond_embed(level_N1)
-        h_NW = self.input_proj(x_NP)
+        activated_NW = F.silu(y_NW)
+        h_NW = _apply(self.input_proj, x_NP)
         for block in self.res_blocks:
-            h_NW = block(h_NW, y_NW)
-        out: Tensor = self.final_layer(h_NW, y_NW)
+            h_NW = block(h_NW, activated_NW)
+        out: Tensor = self.final_layer(h_NW, activated_NW)
         return out
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from formula import fill_by_formula
 from safetensors import safe_open
 from torch import Tensor
 
+from fastfar import _native, backend
 from fastfar.config import FARConfig
 from fastfar.model import FAR
 
@@ -30,6 +32,26 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def library() -> _native.NativeLibrary:
+    """The native library; without one the test is skipped, unless FASTFAR_REQUIRE_NATIVE is 1."""
+    reason = _native.reason()
+    if reason is not None and os.environ.get("FASTFAR_REQUIRE_NATIVE") != "1":
+        pytest.skip(f"native library: {reason}")
+    return _native.load()
+
+
+@pytest.fixture(params=backend.INSTRUCTION_SETS)
+def isa(library: _native.NativeLibrary, request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set in turn, selected; skipped, with the reason, where it cannot be used."""
+    reason = library.instruction_sets()[request.param]
+    if reason is not None:
+        pytest.skip(reason)
+    before = library.selected
+    yield library.select(request.param)
+    library.select(before)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,25 +31,56 @@ def test_backends_give_a_reason_or_none() -> None:
     state = backend.backends()
     assert tuple(state) == backend.BACKENDS == ("reference", "torch", "native", "triton")
     assert state["reference"] is None and state["torch"] is None
-    assert state["native"] and state["triton"], "an off back end needs a reason"
+    assert state["native"] == _native.reason()
+    assert state["triton"], "an off back end needs a reason"
 
 
-def test_native_reason_tells_a_missing_library_from_a_library_without_kernels(
+def test_native_is_off_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    no_library(monkeypatch)
+    assert "was not built" in str(backend.backends()["native"])
+    assert backend.resolve("auto", "cpu") == "torch"
+    for ask in (lambda: backend.resolve("native"), lambda: backend.best_dtype("native", "cpu")):
+        with pytest.raises(ValueError, match="was not built"):
+            ask()
+
+
+def test_auto_is_native_where_it_can_be_unless_the_variable_says_otherwise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(_native, "reason", lambda: None)
-    assert "sampling kernels are not in it yet" in str(backend.backends()["native"])
-    no_library(monkeypatch)
-    assert "was not built" in str(backend.backends()["native"])
-
-
-def test_auto_is_torch_unless_the_variable_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert backend.resolve("auto", "cpu") == "torch"
+    for dtype in (None, torch.float32, torch.bfloat16):
+        assert backend.resolve("auto", "cpu", dtype) == "native"
+    assert backend.resolve("auto", "cpu", torch.float64) == "torch"
+    assert backend.resolve("auto", "cpu", torch.float16) == "torch"
+    assert backend.resolve("auto", "cpu", native_reason="too narrow") == "torch"
+    monkeypatch.setattr(backend, "_cuda_reason", lambda: None)
+    assert backend.resolve("auto", "cuda") == "torch"
     monkeypatch.setenv("FASTFAR_BACKEND", "reference")
     assert backend.resolve("auto", "cpu") == "reference"
     assert backend.resolve("torch", "cpu") == "torch", "an argument beats the variable"
     monkeypatch.setenv("FASTFAR_BACKEND", "")
-    assert backend.resolve() == "torch", "empty means not set"
+    assert backend.resolve() == "native", "empty means not set"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"dtype": torch.float64}, "float32 or bfloat16, not in torch.float64"),
+        ({"dtype": torch.float16}, "float32 or bfloat16, not in torch.float16"),
+        ({"native_reason": "too narrow"}, "too narrow"),
+        ({"device": "meta"}, "runs on the CPU, the model is on meta"),
+    ],
+    ids=str,
+)
+def test_native_asked_for_where_it_cannot_be(
+    options: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_native, "reason", lambda: None)
+    with pytest.raises(ValueError, match=f"'native' cannot be used: .*{reason}.* Use auto, refer"):
+        backend.resolve("native", **options)
+    monkeypatch.setenv("FASTFAR_BACKEND", "native")
+    with pytest.raises(ValueError, match=f"FASTFAR_BACKEND='native' cannot be used: .*{reason}"):
+        backend.resolve("auto", **options)
 
 
 @pytest.mark.parametrize("name", ["native", "triton"])
@@ -156,6 +188,31 @@ def test_best_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
         assert backend.best_dtype("torch", "cuda") == dtype
 
 
+def test_best_dtype_of_the_native_back_end_is_that_of_the_selected_set(isa: str) -> None:
+    wanted = torch.bfloat16 if isa in ("avx512_bf16", "amx") else torch.float32
+    assert backend.best_dtype("native", "cpu") == wanted
+    assert _native.load().selected == isa, "asking does not change the selection"
+
+
+@pytest.mark.usefixtures("library")
+def test_doctor_says_which_set_is_used_and_why() -> None:
+    code = "from fastfar.cli import main; main(['doctor', '--json'])"
+    environment = {"FASTFAR_ISA": "scalar", "FASTFAR_THREADS": "1", "PATH": ""}
+    for settings, why in ((environment, "FASTFAR_ISA=scalar"), ({"PATH": ""}, "the fastest")):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=Path(__file__).resolve().parents[1],
+            env=settings,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        found = json.loads(done.stdout)["native"]
+        assert found["problem"] is None and why in found["why"], done.stderr
+        if settings is environment:
+            assert (found["isa"], found["dtype"], found["threads"]) == ("scalar", "float32", 1)
+
+
 def test_instruction_sets_without_the_library_agree_with_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -200,6 +257,8 @@ def test_doctor_prints_everything(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for word in ("torch", "demo model", "native library", "avx512_bf16", "triton", "FASTFAR_ISA"):
         assert word in text
+    if _native.reason() is None:
+        assert "runs on" in text and "threads" in text
     assert main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["backends"] == backend.backends()

@@ -11,6 +11,7 @@ from fastfar.ops.hybrid_loss import hybrid_loss
 from fastfar.ops.layernorm_attention_residual import layernorm_attention_residual
 from fastfar.ops.layernorm_linear import layernorm_linear
 from fastfar.ops.layernorm_mlp_residual import layernorm_mlp_residual
+from fastfar.ops.linear import linear
 from fastfar.ops.upsample_convolution import upsample_convolution
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "layernorm_attention_residual",
     "layernorm_linear",
     "layernorm_mlp_residual",
+    "linear",
     "upsample_convolution",
     "use_backend",
 ]

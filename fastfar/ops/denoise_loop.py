@@ -12,6 +12,7 @@ from torch import Tensor
 from fastfar import _native
 from fastfar.diffusion import diffusion_tables, timestep_embedding
 from fastfar.ops._head import PackedHead, pack_head
+from fastfar.ops._launch import check, compute_dtype, launch, needs_pytorch
 from fastfar.ops._registry import op
 from fastfar.ops.adaln_mlp_block import adaln_mlp_block
 
@@ -187,6 +188,9 @@ def _denoise_rows(
 # Tokens that one thread takes through all steps at a time, at most: with more of them a weight is
 # read less often, with fewer their activations stay in the L2 cache.
 NATIVE_TASK = 128
+# Rows (of tokens and halves) below which a thread computes the modulations of several diffusion
+# steps at once, up to this many rows: the weights are then read once for all of them.
+NATIVE_ROWS_AHEAD = 128
 
 
 def _denoise_loop_native(
@@ -204,43 +208,61 @@ def _denoise_loop_native(
     """`denoise_loop` by kernels/cpu/denoise_loop.cc; the state is float32."""
     rows, steps = len(initial_NP), len(noise_TNP)
     _check(condition_MD, initial_NP, noise_TNP)
+    inputs = {"condition_MD": condition_MD, "initial_NP": initial_NP, "noise_TNP": noise_TNP}
+    check("denoise_loop", inputs)
+    if needs_pytorch({**inputs, **head}):
+        return denoise_loop.implementations["torch"](
+            head,
+            condition_MD,
+            level,
+            initial_NP,
+            noise_TNP,
+            guidance_scale=guidance_scale,
+            temperature=temperature,
+            x0_range=x0_range,
+            num_timesteps=num_timesteps,
+        )
     if not isinstance(head, PackedHead):
-        head = pack_head(head, head["input_proj.weight"].dtype)
+        check("denoise_loop", head)
+        head = pack_head(head, compute_dtype("denoise_loop", *head.values()))
+    if condition_MD.shape[1] != head.condition_width or initial_NP.shape[1] != head.channels:
+        raise ValueError(
+            f"native denoise_loop: the head takes conditions of {head.condition_width} and tokens "
+            f"of {head.channels} numbers, got {condition_MD.shape[1]} and {initial_NP.shape[1]}"
+        )
     if rows == 0:
         return initial_NP.float()
     guided = len(condition_MD) == 2 * rows and guidance_scale != 1.0
     low, high = (-math.inf, math.inf) if x0_range is None else x0_range
     threads = torch.get_num_threads()
+    task = _rows_per_task(rows, threads)
     out_NP = torch.empty(initial_NP.shape)
-    fields: dict[str, Tensor | float | None] = {
-        "dtype": _native.DTYPES[head.compute_dtype],
-        "threads": threads,
-        "rows": rows,
-        "halves": 2 if guided else 1,
-        "width": head.width,
-        "depth": head.depth,
-        "channels": head.channels,
-        "condition_width": head.condition_width,
-        "steps": steps,
-        "rows_per_task": _rows_per_task(rows, threads),
-        "weights": head["weights"],
-        "vectors": head["vectors"],
-        "condition_MD": condition_MD.float().contiguous(),
-        "time_TW": head.time_embedding(steps, num_timesteps),
-        "table": _update_table(steps, num_timesteps, temperature),
-        "initial_NP": initial_NP.float().contiguous(),
-        "noise_TNP": noise_TNP.float().contiguous(),
-        "level": float(level),
-        "guidance_scale": guidance_scale,
-        "x0_low": low,
-        "x0_high": high,
-        "out_NP": out_NP,
-        "scratch": None,
-    }
-    library = _native.load()
-    size = threads * library.scratch("denoise_loop", **fields)
-    fields["scratch"] = torch.empty(size, dtype=torch.uint8)
-    library.call("denoise_loop", **fields)
+    launch(
+        "denoise_loop",
+        dtype=_native.DTYPES[head.compute_dtype],
+        threads=threads,
+        rows=rows,
+        halves=2 if guided else 1,
+        width=head.width,
+        depth=head.depth,
+        channels=head.channels,
+        condition_width=head.condition_width,
+        steps=steps,
+        rows_per_task=task,
+        steps_ahead=min(steps, max(1, NATIVE_ROWS_AHEAD // ((2 if guided else 1) * task))),
+        weights=head["weights"],
+        vectors=head["vectors"],
+        condition_MD=condition_MD.float().contiguous(),
+        time_TW=head.time_embedding(steps, num_timesteps),
+        table=_update_table(steps, num_timesteps, temperature),
+        initial_NP=initial_NP.float().contiguous(),
+        noise_TNP=noise_TNP.float().contiguous(),
+        level=float(level),
+        guidance_scale=guidance_scale,
+        x0_low=low,
+        x0_high=high,
+        out_NP=out_NP,
+    )
     return out_NP
 
 

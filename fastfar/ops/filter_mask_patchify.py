@@ -190,7 +190,13 @@ def _native_implementation(
             f"mask_BL must have shape {(batch, (size // patch_size) ** 2)}, "
             f"got {tuple(mask_BL.shape)}"
         )
-    tokens_BLP: Tensor = _forward(latent_BCHW, level_B, mask_BL, patch_size, num_levels, kind)
+    options = (level_B, mask_BL, patch_size, num_levels, kind)
+    graph = torch.is_grad_enabled() and latent_BCHW.requires_grad
+    if not graph and not torch.compiler.is_compiling():
+        # A custom op costs more than the kernel; its first call imports PyTorch's compiler (1 s).
+        out_BLP = _empty_tokens(latent_BCHW, patch_size)
+        return _run("filter_mask_patchify", latent_BCHW, out_BLP, *options)
+    tokens_BLP: Tensor = _forward(latent_BCHW, *options)
     return tokens_BLP
 
 

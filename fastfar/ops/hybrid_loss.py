@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastfar import _native
 from fastfar.diffusion import diffusion_tables
+from fastfar.ops import _training
 from fastfar.ops._registry import op
 
 
@@ -53,6 +57,9 @@ def hybrid_loss(
     Returns:
         (N,) float32 (float64 for float64 inputs).
 
+    Native: float32 or bfloat16 on the CPU, computed in float32; the gradient goes to output_N2P
+    only. Where another input wants one, or is float64 or float16, PyTorch computes it.
+
     Source: improved DDPM, arXiv 2102.09672, section 3.1 (L_hybrid without the 0.001 factor, as
     its `LossType.MSE` with learned variance computes it).
     """
@@ -82,3 +89,134 @@ def hybrid_loss(
     likelihood = _decoder_log_likelihood(target_NP, mean, 0.5 * log_variance)
     bound = torch.where((timestep_N == 0)[:, None], -likelihood, divergence)
     return squared_N + bound.mean(dim=-1) / math.log(2.0)
+
+
+# --- native ----------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=8)
+def _table(num_timesteps: int) -> Tensor:
+    """(T, 6) float32, the coefficients of every timestep in the kernel's order."""
+    t = diffusion_tables(num_timesteps, num_timesteps)
+    columns = (t.recip, t.recip_m1, t.mean_x0, t.mean_xt, t.log_beta, t.log_posterior)
+    return torch.stack(columns, dim=1).float().contiguous()
+
+
+def _fields(
+    output_N2P: Tensor,
+    target_NP: Tensor,
+    noise_NP: Tensor,
+    noised_NP: Tensor,
+    timestep_N: Tensor,
+    num_timesteps: int,
+) -> dict[str, Tensor | float | None]:
+    rows, numbers = target_NP.shape
+    return {
+        "dtype": _native.DTYPES[output_N2P.dtype],
+        "threads": torch.get_num_threads(),
+        "rows": rows,
+        "numbers": numbers,
+        "num_timesteps": num_timesteps,
+        "output_N2P": output_N2P.contiguous(),
+        "target_NP": target_NP.contiguous(),
+        "noise_NP": noise_NP.contiguous(),
+        "noised_NP": noised_NP.contiguous(),
+        "timestep_N": timestep_N.contiguous(),
+        "table_T6": _table(num_timesteps),
+    }
+
+
+@torch.library.custom_op("fastfar::hybrid_loss", mutates_args=())
+def _forward(
+    output_N2P: Tensor,
+    target_NP: Tensor,
+    noise_NP: Tensor,
+    noised_NP: Tensor,
+    timestep_N: Tensor,
+    num_timesteps: int,
+) -> Tensor:
+    fields = _fields(output_N2P, target_NP, noise_NP, noised_NP, timestep_N, num_timesteps)
+    loss_N = torch.empty(len(target_NP), dtype=torch.float32)
+    if loss_N.numel():
+        _native.load().call("hybrid_loss", **fields, loss_N=loss_N)
+    return loss_N
+
+
+@torch.library.custom_op("fastfar::hybrid_loss_backward", mutates_args=())
+def _backward(
+    dloss_N: Tensor,
+    output_N2P: Tensor,
+    target_NP: Tensor,
+    noise_NP: Tensor,
+    noised_NP: Tensor,
+    timestep_N: Tensor,
+    num_timesteps: int,
+) -> Tensor:
+    fields = _fields(output_N2P, target_NP, noise_NP, noised_NP, timestep_N, num_timesteps)
+    doutput_N2P = torch.empty(output_N2P.shape, dtype=output_N2P.dtype)
+    if doutput_N2P.numel():
+        fields |= {"dloss_N": dloss_N.contiguous(), "doutput_N2P": doutput_N2P}
+        _native.load().call("hybrid_loss_backward", **fields)
+    return doutput_N2P
+
+
+@_forward.register_fake
+def _(output_N2P: Tensor, target_NP: Tensor, *_: Any) -> Tensor:
+    return target_NP.new_empty(target_NP.shape[0], dtype=torch.float32)
+
+
+@_backward.register_fake
+def _(dloss_N: Tensor, output_N2P: Tensor, *_: Any) -> Tensor:
+    return output_N2P.new_empty(output_N2P.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.num_timesteps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx: Any, dloss_N: Tensor) -> tuple[Tensor | None, ...]:
+    return (_backward(dloss_N, *ctx.saved_tensors, ctx.num_timesteps), *[None] * 5)
+
+
+_forward.register_autograd(_gradients, setup_context=_setup_context)
+
+
+def _native_implementation(
+    output_N2P: Tensor,
+    target_NP: Tensor,
+    noise_NP: Tensor,
+    noised_NP: Tensor,
+    timestep_N: Tensor,
+    *,
+    num_timesteps: int = 1000,
+) -> Tensor:
+    """See `hybrid_loss`."""
+    name = "hybrid_loss"
+    constant = {"target": target_NP, "noise": noise_NP, "noised": noised_NP}
+    tensors = [output_N2P, *constant.values()]
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in constant.values())
+    if wanted or any(x.dtype not in _native.DTYPES for x in tensors):
+        return hybrid_loss.implementations["torch"](
+            *tensors, timestep_N, num_timesteps=num_timesteps
+        )
+    _training.floats(name, output=output_N2P, **constant)
+    if target_NP.dim() != 2:
+        raise ValueError(f"native {name}: target is {tuple(target_NP.shape)}, expected (N, P)")
+    rows, numbers = target_NP.shape
+    _training.shapes(
+        name,
+        output=(output_N2P, (rows, 2 * numbers)),
+        noise=(noise_NP, (rows, numbers)),
+        noised=(noised_NP, (rows, numbers)),
+        timestep=(timestep_N, (rows,)),
+    )
+    if timestep_N.dtype != torch.int64:
+        raise TypeError(f"native {name}: timestep is {timestep_N.dtype}; give int64")
+    if len({x.dtype for x in tensors}) > 1:
+        tensors = [x.float() for x in tensors]
+    loss_N: Tensor = _forward(*tensors, timestep_N, num_timesteps)
+    return loss_N
+
+
+hybrid_loss.register("native", _native_implementation)

@@ -10,6 +10,7 @@ from fastfar import _native
 from fastfar.ops import _launch
 from fastfar.ops._registry import op
 from fastfar.ops.attention import attention
+from fastfar.ops.linear import linear
 from fastfar.packing import packed
 
 
@@ -44,14 +45,14 @@ def layernorm_attention_residual(
     Native: x and the vectors are float32 or bfloat16; the weights, packed or not, are of one of
     these dtypes, which the operands of the products are rounded to; all else is float32. TypeError
     for other dtypes, ValueError for other devices and shapes. With dropout, or where a gradient is
-    wanted, PyTorch computes it.
+    wanted, PyTorch computes all but the two linear layers.
 
     Source: timm's pre-norm ViT block, as used by MAR and FAR.
     """
     batch, length, width = x_BSD.shape
     h_BSD = F.layer_norm(x_BSD, (width,), norm_weight, norm_bias, eps)
-    qkv = F.linear(h_BSD, qkv_weight, qkv_bias).view(batch, length, 3, num_heads, -1)
-    out_BSD = F.linear(attention(qkv, key_mask_BS, dropout=dropout), proj_weight, proj_bias)
+    qkv = linear(h_BSD, qkv_weight, qkv_bias).view(batch, length, 3, num_heads, -1)
+    out_BSD = linear(attention(qkv, key_mask_BS, dropout=dropout), proj_weight, proj_bias)
     return x_BSD + F.dropout(out_BSD, dropout)
 
 

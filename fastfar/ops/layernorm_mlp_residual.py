@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastfar import _native
-from fastfar.ops import _launch
+from fastfar.ops import _launch, _mlp_training, _training
 from fastfar.ops._registry import op
 from fastfar.packing import packed
 
@@ -39,8 +39,9 @@ def layernorm_mlp_residual(
 
     Native: x and the vectors are float32 or bfloat16; the weights, packed or not, are of one of
     these dtypes, which the operands of the products are rounded to; all else is float32. TypeError
-    for other dtypes, ValueError for other devices and shapes. With dropout, or where a gradient is
-    wanted, PyTorch computes it.
+    for other dtypes, ValueError for other devices and shapes. Where a gradient is wanted, products
+    have autocast's dtype, if it is on, and gradients of parameters are float32 sums. With dropout
+    PyTorch computes it.
 
     Source: timm's pre-norm ViT block, as used by MAR and FAR.
     """
@@ -71,6 +72,9 @@ def _native_implementation(
         "fc2_weight": fc2_weight,
         "fc2_bias": fc2_bias,
     }
+    graph = dropout == 0 and _training.wants_graph(*tensors.values())
+    if graph and not _training.is_packed(fc1_weight, fc2_weight):
+        return _mlp_training.layernorm_mlp_residual(*tensors.values(), eps)
     if _launch.needs_pytorch(tensors, dropout):
         return layernorm_mlp_residual.implementations["torch"](
             *tensors.values(), eps=eps, dropout=dropout

@@ -31,7 +31,7 @@ from .filters import (
     patchify,
     unpatchify,
 )
-from .head import adaln_mlp_block, head_forward, timestep_embedding
+from .head import adaln_mlp_block, head_forward, linear, timestep_embedding
 from .loss import level_weight_sine, training_loss
 from .sampling import next_mask, sample_latents
 from .transformer import (
@@ -63,6 +63,7 @@ __all__ = [
     "layernorm_linear",
     "layernorm_mlp_residual",
     "level_weight_sine",
+    "linear",
     "low_pass",
     "make_schedule",
     "next_mask",

@@ -20,6 +20,11 @@ def timestep_embedding(t_N: Tensor, dim: int, dtype: torch.dtype, period: float 
     return torch.cat([torch.cos(angle), torch.sin(angle)], dim=-1)
 
 
+def linear(x_MK: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x W^T + b. x_MK: float (..., K). weight: (N, K). bias: (N,). Returns (..., N)."""
+    return F.linear(x_MK, weight, bias)
+
+
 def adaln_mlp_block(
     x_NW: Tensor,
     shift_NW: Tensor,
@@ -54,19 +59,19 @@ def head_forward(
     variance channel v.
     """
 
-    def linear(name: str, x: Tensor) -> Tensor:
-        return F.linear(x, head[f"{name}.weight"], head[f"{name}.bias"])
+    def layer(name: str, x: Tensor) -> Tensor:
+        return linear(x, head[f"{name}.weight"], head[f"{name}.bias"])
 
     sinusoid = timestep_embedding(t_N, head["time_embed.mlp.0.weight"].shape[1], x_NP.dtype)
-    time_NW = linear("time_embed.mlp.2", F.silu(linear("time_embed.mlp.0", sinusoid)))
-    level_NW = linear("index_cond_embed", level_N.to(x_NP.dtype).unsqueeze(-1))
-    y_NW = F.silu(time_NW + linear("cond_embed", condition_ND) + level_NW)
+    time_NW = layer("time_embed.mlp.2", F.silu(layer("time_embed.mlp.0", sinusoid)))
+    level_NW = layer("index_cond_embed", level_N.to(x_NP.dtype).unsqueeze(-1))
+    y_NW = F.silu(time_NW + layer("cond_embed", condition_ND) + level_NW)
 
-    x_NW = linear("input_proj", x_NP)
+    x_NW = layer("input_proj", x_NP)
     block = 0
     while f"res_blocks.{block}.in_ln.weight" in head:
         prefix = f"res_blocks.{block}"
-        shift_NW, scale_NW, gate_NW = linear(f"{prefix}.adaLN_modulation.1", y_NW).chunk(3, dim=-1)
+        shift_NW, scale_NW, gate_NW = layer(f"{prefix}.adaLN_modulation.1", y_NW).chunk(3, dim=-1)
         x_NW = adaln_mlp_block(
             x_NW,
             shift_NW,
@@ -81,6 +86,6 @@ def head_forward(
         )
         block += 1
 
-    shift_NW, scale_NW = linear("final_layer.adaLN_modulation.1", y_NW).chunk(2, dim=-1)
+    shift_NW, scale_NW = layer("final_layer.adaLN_modulation.1", y_NW).chunk(2, dim=-1)
     x_NW = F.layer_norm(x_NW, x_NW.shape[-1:], eps=LAYERNORM_EPS)
-    return linear("final_layer.linear", x_NW * (1 + scale_NW) + shift_NW)
+    return layer("final_layer.linear", x_NW * (1 + scale_NW) + shift_NW)

@@ -1,6 +1,6 @@
 // Softmax attention of one head over a few queries: softmax(q k^T / sqrt E) v. Keys and values are
-// packed as the weights of two products (see gemm.h), of which the first gives 32 or more rows of
-// scores in float32, and the second takes their exponentials as its A operand.
+// packed as the weights of two products (see gemm.h), of which the first gives scores in float32,
+// for 32 or more queries at once, and the second takes their exponentials as its A operand.
 // Included by kernel sources only.
 #ifndef FASTFAR_KERNELS_CPU_ATTENTION_H_
 #define FASTFAR_KERNELS_CPU_ATTENTION_H_
@@ -19,7 +19,7 @@ struct AttentionPlan {
   int64_t batch, length, heads, width;
   int64_t keys;           // padded
   int64_t blocks;         // of 32 queries, computed together
-  int64_t splits, split;  // of the queries of a head; sets of `blocks` blocks in one
+  int64_t splits, split;  // of the queries of a head; groups of `blocks` blocks in one
   AttentionPlan(int32_t threads, int64_t b, int64_t s, int64_t h, int64_t e)
       : batch(b), length(s), heads(h), width(e), keys(padded_columns(s)) {
     const int64_t total = ceil_div(s, kBlock);
@@ -108,56 +108,67 @@ inline void pack_values(const T* x, int64_t stride, int64_t width, int64_t count
 inline void pack_values(const bf16* x, int64_t stride, int64_t width, int64_t count, bf16* out) {
   for (int64_t j = 0; j < kBlock; j += kTile) {
     for (int64_t i = 0; i < kDepth; i += 2) {
-      alignas(64) bf16 edge[2][kTile];
-      const bf16* rows[2];
-      for (int64_t side = 0; side < 2; ++side) {
-        rows[side] = x + (i + side) * stride + j;
-        if (i + side < count && width - j >= kTile) continue;
-        for (int64_t n = 0; n < kTile; ++n) {
-          edge[side][n] = i + side < count && j + n < width ? rows[side][n] : bf16{0};
-        }
-        rows[side] = edge[side];
-      }
-      interleave(rows[0], rows[1], out + j / kTile * kTileSize + i * kTile);
+      const bf16* even = i < count ? x + i * stride + j : nullptr;
+      const bf16* odd = i + 1 < count ? x + (i + 1) * stride + j : nullptr;
+      interleave(even, odd, width - j, out + j / kTile * kTileSize + i * kTile);
     }
   }
 }
 
-// Scores of a set of blocks, masked keys at -infinity.
-struct KeepScores {
-  float* scores;
-  const float* mask;
-  int64_t keys, rows;
+// For products that are suspended: they stay in blocks.
+struct NoEpilogue {
+  void row(int64_t, int64_t, int64_t, const float*) {}
+};
 
-  void row(int64_t block, int64_t panel, int64_t row, const float* c) {
-    const int64_t place = block * kBlock + row, column = panel * kBlock;
-    if (place >= rows) return;
-    for (int64_t i = 0; i < kBlock; i += kLanes) {
-      store(scores + place * keys + column + i, load(c + i) + load(mask + column + i));
-    }
+// Scores of some queries in blocks of 32 x 32, those of a panel of 32 keys side by side.
+struct Scores {
+  const float* c;
+  int64_t panels, blocks;
+  int64_t open;       // panels without a masked key
+  const float* mask;  // per key: 0, or -infinity where it is masked
+  float factor;       // log2 e / sqrt E
+
+  V get(int64_t row, int64_t panel, int64_t i) const {
+    const int64_t block = panel * blocks + row / kBlock;
+    const V x = load(c + block * kBlock * kBlock + row % kBlock * kBlock + i);
+    return panel < open ? x : x + load(mask + panel * kBlock + i);
   }
 };
 
-// weights = exp((scores - their maximum) / sqrt E) as row `row` of an A operand; returns 1 / sum,
-// or 0 where all keys are masked.
+// Two rows of an A operand, so that more is under way at once: weights = exp((scores - their
+// maximum) / sqrt E), inverse_sums = 1 / their sum, or 0 where all keys are masked.
 template <class A>
-inline float softmax_row(const float* scores, int64_t keys, float factor, A* weights, int64_t row) {
-  V m = load(scores);
-  for (int64_t i = kLanes; i < keys; i += kLanes) m = max(m, load(scores + i));
-  const float top = largest(m);
-  const bool none = top < -3.0e38F;
-  const V scale = set(factor), shift = set(none ? 0.0F : -top * factor);
-  const int64_t depth = depth_of(keys);
-  V total = set(0.0F);
-  for (int64_t k = 0; k < depth; ++k) {
-    A* out = at(weights, depth, row, k * kDepth);
-    for (int64_t i = 0; i < kDepth; i += kLanes) {
-      const V p = power_of_two(fma(load(scores + k * kDepth + i), scale, shift));
-      total = total + p;
-      store(out + i, p);
+inline void softmax_rows(const Scores& scores, const int64_t (&row)[2], A* weights,
+                         float* inverse_sums) {
+  V top[2][2];
+  for (int r = 0; r < 2; ++r) top[r][0] = top[r][1] = set(-__builtin_inff());
+  for (int64_t panel = 0; panel < scores.panels; ++panel) {
+    for (int64_t i = 0; i < kBlock; i += kLanes) {
+      V* const m = top[i / kLanes % 2];
+      for (int r = 0; r < 2; ++r) m[r] = max(m[r], scores.get(row[r], panel, i));
     }
   }
-  return none ? 0.0F : 1.0F / sum(total);
+  const V factor = set(scores.factor);
+  V shift[2], sums[2];
+  bool none[2];
+  for (int r = 0; r < 2; ++r) {
+    const float most = largest(max(top[0][r], top[1][r]));
+    none[r] = most < -3.0e38F;
+    shift[r] = set(none[r] ? 0.0F : -most * scores.factor);
+    sums[r] = set(0.0F);
+  }
+  for (int64_t panel = 0; panel < scores.panels; ++panel) {
+    for (int64_t i = 0; i < kBlock; i += kLanes) {
+      for (int r = 0; r < 2; ++r) {
+        const V x = fma(scores.get(row[r], panel, i), factor, shift[r]);
+        V p = power_of_two(x);
+        if (panel >= scores.open) p = select_less(x, set(-126.0F), set(0.0F), p);
+        sums[r] = sums[r] + p;
+        store(at(weights, scores.panels, row[r], panel * kBlock) + i, p);
+      }
+    }
+  }
+  for (int r = 0; r < 2; ++r) inverse_sums[row[r]] = none[r] ? 0.0F : 1.0F / sum(sums[r]);
 }
 
 // Calls write(row, column, values, factor) for row b * length + s and every 32 numbers of the head:
@@ -168,7 +179,7 @@ inline void attend(const AttentionPlan& plan, const T* qkv_BS3HE, const uint8_t*
                    int64_t task, const AttentionScratch<M>& scratch, const Write& write) {
   const int64_t length = plan.length, width = plan.width, depth = depth_of(width);
   const int64_t stride = 3 * plan.heads * width, key_depth = depth_of(plan.keys);
-  const int64_t set0 = task % plan.splits * plan.split;
+  const int64_t group0 = task % plan.splits * plan.split;
   const int64_t head = task / plan.splits % plan.heads, image = task / plan.splits / plan.heads;
   const T* q = qkv_BS3HE + image * length * stride + head * width;
   const T* k = q + plan.heads * width;
@@ -189,25 +200,28 @@ inline void attend(const AttentionPlan& plan, const T* qkv_BS3HE, const uint8_t*
     }
   }
 
-  const float factor = 1.44269504F / __builtin_sqrtf(static_cast<float>(width));  // log2 e / sqrt E
-  for (int64_t set = set0; set < set0 + plan.split; ++set) {
-    const int64_t first = set * plan.blocks * kBlock;
+  const float factor = 1.44269504F / __builtin_sqrtf(static_cast<float>(width));
+  for (int64_t group = group0; group < group0 + plan.split; ++group) {
+    const int64_t first = group * plan.blocks * kBlock;
     const int64_t rows = smaller(plan.blocks * kBlock, length - first);
     if (rows <= 0) break;
     const int64_t blocks = ceil_div(rows, kBlock);
     for (int64_t row = 0; row < rows; ++row) {
       const T* x = q + (first + row) * stride;
       for (int64_t e = 0; e < depth * kDepth; e += kLanes) {
-        store(at(scratch.queries, depth, row, e), load_part(x + e, larger(0, width - e)));
+        const V part = e < width ? load_part(x + e, width - e) : set(0.0F);
+        store(at(scratch.queries, depth, row, e), part);
       }
     }
     const Segment<M> score = {scratch.queries, scratch.keys, depth, depth * kTileSize,
                               depth * kPanelStep};
-    KeepScores keep{scratch.scores, scratch.mask, plan.keys, rows};
-    multiply(&score, 1, blocks, 0, plan.keys / kBlock, keep);
-    for (int64_t row = 0; row < rows; ++row) {
-      scratch.inverse_sums[row] =
-          softmax_row(scratch.scores + row * plan.keys, plan.keys, factor, scratch.weights, row);
+    NoEpilogue none;
+    multiply(&score, 1, blocks, 0, key_depth, none, scratch.scores, false, true);
+    const Scores scores{scratch.scores, key_depth, blocks, mask_BS == nullptr ? length / kBlock : 0,
+                        scratch.mask,   factor};
+    for (int64_t row = 0; row < rows; row += 2) {
+      softmax_rows(scores, {row, smaller(row + 1, rows - 1)}, scratch.weights,
+                   scratch.inverse_sums);
     }
     const Segment<M> mix = {scratch.weights, scratch.values, key_depth, key_depth * kTileSize,
                             key_depth * kPanelStep};

@@ -13,8 +13,9 @@
 //   out = (xhat(r) (1 + y W_s)) W_f + y W_fh + b  the final shift went through W_f beforehand
 //   x = a x + b x0 + c x0_previous + s n         x0 from the guided eps
 //
-// xhat is LayerNorm without affine. Everything but the products' bfloat16 operands is float32.
-#include "gemm.h"
+// xhat is LayerNorm without affine. With bfloat16 weights the operands y, h, g and the gate are
+// bfloat16 where the processor multiplies it; all else is float32.
+#include "denoise_loop.h"
 #include "ops.h"
 #include "rows.h"
 
@@ -27,179 +28,6 @@ constexpr float kEps = 1e-6F;
 // Columns of fastfar_denoise_loop_args.table.
 enum { kX0FromX, kX0FromEps, kA, kB, kC, kLogLow, kLogHigh, kNoise, kTableWidth };
 
-inline int64_t padded_to_tile(int64_t n) { return ceil_div(n, kTile) * kTile; }
-
-// What a head of given sizes consists of; the order is that of fastfar/ops/_head.py.
-struct Sizes {
-  int64_t width, depth, channels, condition;
-  int64_t columns;      // width up to a multiple of 32
-  int64_t stride;       // of float32 rows: one cache line more, so that a column is not in one set
-  int64_t panels;       // of a matrix with `width` outputs
-  int64_t out_panels;   // of [eps | v], each up to a multiple of 16
-  int64_t w;            // numbers of a panel with `width` inputs
-  int64_t eps_columns;  // where v starts
-
-  explicit Sizes(const fastfar_denoise_loop_args& args)
-      : width(args.width),
-        depth(args.depth),
-        channels(args.channels),
-        condition(args.condition_width),
-        columns(padded_columns(width)),
-        stride(columns + 16),
-        panels(ceil_div(width, kBlock)),
-        out_panels(ceil_div(2 * padded_to_tile(channels), kBlock)),
-        w(panel_size(width)),
-        eps_columns(padded_to_tile(channels)) {}
-
-  int64_t modulation_panels() const { return width / kTile; }
-  int64_t block_vectors() const { return 2 * width + 3 * columns; }
-  // base bias, level weight, input bias, input weight
-  int64_t first_vectors() const { return (3 + channels) * columns; }
-};
-
-// One task's buffers, cut from its scratch.
-template <class M>
-struct Buffers {
-  using A = typename M::A;
-  A *z, *y, *h, *g;
-  float *base, *r, *gate, *statistics, *out, *x, *x0;
-  int64_t bytes;
-
-  Buffers(const Sizes& s, int64_t tokens, int64_t halves, char* scratch) {
-    char* const start = scratch;
-    const int64_t rows = halves * padded_rows(tokens);
-    const auto cut = [&scratch](auto*& pointer, int64_t count) {
-      pointer = reinterpret_cast<decltype(+pointer)>(scratch);
-      scratch += ceil_div(count * static_cast<int64_t>(sizeof(*pointer)), 64) * 64;
-    };
-    cut(y, operand_size(rows, s.width));
-    cut(h, operand_size(rows, s.width));
-    cut(g, operand_size(rows, s.width));
-    cut(r, rows * s.stride);
-    cut(gate, rows * s.stride);
-    cut(base, rows * s.stride);
-    cut(statistics, 2 * rows);
-    cut(out, rows * s.out_panels * kBlock);
-    cut(x, tokens * s.channels);
-    cut(x0, tokens * s.channels);
-    cut(z, operand_size(rows, s.condition));
-    bytes = scratch - start;
-  }
-};
-
-// --- epilogues: c is one row of a product, 32 numbers -----------------------------------------
-
-// base = c + bias + level w_l.
-struct Base {
-  const float *bias, *level_weight;
-  float level;
-  float* base;
-  int64_t stride;
-
-  void row(int64_t block, int64_t panel, int64_t row, const float* c) const {
-    const int64_t column = panel * kBlock;
-    float* out = base + (block * kBlock + row) * stride + column;
-    for (int64_t i = 0; i < kBlock; i += kLanes) {
-      const V constant = fma(set(level), load(level_weight + column + i), load(bias + column + i));
-      store(out + i, load(c + i) + constant);
-    }
-  }
-};
-
-// h = xhat scale' + shift', from 16 shifts and 16 scales.
-template <class A>
-struct Modulate {
-  const float *r, *statistics, *bias;
-  A* h;
-  int64_t stride, depth;
-
-  void row(int64_t block, int64_t panel, int64_t row, const float* c) const {
-    const int64_t i = block * kBlock + row, column = panel * kTile;
-    const float* x = r + i * stride + column;
-    const float* b = bias + panel * kBlock;
-    A* out = at(h, depth, i, column);
-    const V mean = set(statistics[2 * i]), rstd = set(statistics[2 * i + 1]);
-    for (int64_t j = 0; j < kTile; j += kLanes) {
-      const V shift = load(c + j) + load(b + j);
-      const V scale = load(c + kTile + j) + load(b + kTile + j);
-      store(out + j, fma((load(x + j) - mean) * rstd, scale, shift));
-    }
-  }
-  void prefetch(int64_t block, int64_t panel, int64_t row) const {
-    prefetch_line(r + (block * kBlock + row) * stride + panel * kTile);
-  }
-};
-
-// h = xhat (c + bias), bias = 1 + b_s.
-template <class A>
-struct Scale {
-  const float *r, *statistics, *bias;
-  A* h;
-  int64_t stride, depth;
-
-  void row(int64_t block, int64_t panel, int64_t row, const float* c) const {
-    const int64_t i = block * kBlock + row, column = panel * kBlock;
-    const float* x = r + i * stride + column;
-    A* out = at(h, depth, i, column);
-    const V mean = set(statistics[2 * i]), rstd = set(statistics[2 * i + 1]);
-    for (int64_t j = 0; j < kBlock; j += kLanes) {
-      const V scale = load(c + j) + load(bias + column + j);
-      store(out + j, (load(x + j) - mean) * rstd * scale);
-    }
-  }
-};
-
-// g = silu(c + bias).
-template <class A>
-struct Silu {
-  const float* bias;
-  A* g;
-  int64_t depth;
-
-  void row(int64_t block, int64_t panel, int64_t row, const float* c) const {
-    A* out = at(g, depth, block * kBlock + row, panel * kBlock);
-    for (int64_t j = 0; j < kBlock; j += kLanes) {
-      store(out + j, silu(load(c + j) + load(bias + panel * kBlock + j)));
-    }
-  }
-};
-
-// r += gate (c + bias).
-struct Gate {
-  const float *bias, *gate;
-  float* r;
-  int64_t stride;
-
-  void row(int64_t block, int64_t panel, int64_t row, const float* c) const {
-    const int64_t column = panel * kBlock, place = (block * kBlock + row) * stride + column;
-    for (int64_t j = 0; j < kBlock; j += kLanes) {
-      const V value = load(c + j) + load(bias + column + j);
-      store(r + place + j, fma(load(gate + place + j), value, load(r + place + j)));
-    }
-  }
-  void prefetch(int64_t block, int64_t panel, int64_t row) const {
-    const int64_t place = (block * kBlock + row) * stride + panel * kBlock;
-    prefetch_line(gate + place);
-    prefetch_line(gate + place + kTile);
-    prefetch_line(r + place);
-    prefetch_line(r + place + kTile);
-  }
-};
-
-// out = c + bias, rows of `stride` numbers.
-struct Output {
-  const float* bias;
-  float* out;
-  int64_t stride;
-
-  void row(int64_t block, int64_t panel, int64_t row, const float* c) const {
-    float* to = out + (block * kBlock + row) * stride + panel * kBlock;
-    for (int64_t j = 0; j < kBlock; j += kLanes) {
-      store(to + j, load(c + j) + load(bias + panel * kBlock + j));
-    }
-  }
-};
-
 // --- one task ---------------------------------------------------------------------------------
 
 template <class M>
@@ -210,7 +38,10 @@ struct Task {
   const Sizes& s;
   const Buffers<M>& m;
   int64_t first, tokens;  // this task's tokens: first .. first + tokens - 1
-  int64_t half, rows, blocks, depth;
+  int64_t rows, blocks;   // a row for every token and half, and up to 31 that only fill a block up
+  int64_t depth;          // k tiles of an operand of `width` columns
+  int64_t ahead;          // diffusion steps whose modulations are computed at once
+  int64_t operand;        // numbers of an operand of `width` columns
 
   Task(const fastfar_denoise_loop_args& arguments, const Sizes& sizes, const Buffers<M>& buffers,
        int64_t first_token, int64_t count)
@@ -219,10 +50,11 @@ struct Task {
         m(buffers),
         first(first_token),
         tokens(count),
-        half(padded_rows(count)),
-        rows(arguments.halves * half),
+        rows(padded_rows(arguments.halves * count)),
         blocks(rows / kBlock),
-        depth(depth_of(sizes.width)) {}
+        depth(depth_of(sizes.width)),
+        ahead(arguments.steps_ahead),
+        operand(operand_size(rows, sizes.width)) {}
 
   // A product of an operand with `width` columns.
   Segment<M> by_width(const A* a, const W* b, int64_t stride) const {
@@ -230,9 +62,20 @@ struct Task {
   }
 
   template <class E>
-  void product(const A* a, const W* b, int64_t panels, E epilogue) const {
+  void product(const A* a, const W* b, int64_t panels, E epilogue, int64_t sets = 1) const {
     const Segment<M> segment = by_width(a, b, s.w);
-    multiply(&segment, 1, blocks, 0, panels, epilogue);
+    multiply(&segment, 1, sets * blocks, 0, panels, epilogue);
+  }
+
+  // The epilogue of a product that was kept for `ahead` steps, for the rows of step q of them.
+  template <class E>
+  void resume(const float* kept, int64_t q, int64_t panels, E epilogue) const {
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const float* c = kept + (panel * ahead + q) * rows * kBlock;
+      for (int64_t i = 0; i < rows; ++i) {
+        epilogue.row(i / kBlock, panel, i % kBlock, c + i * kBlock);
+      }
+    }
   }
 
   // base_RW of all rows. Rows and columns that only fill blocks up are zero everywhere.
@@ -244,7 +87,7 @@ struct Task {
       const float* z = args.condition_MD + (part * args.rows + first + i) * s.condition;
       for (int64_t k = 0; k < s.condition; k += kLanes) {
         const int64_t count = smaller(kLanes, s.condition - k);
-        store_part(at(m.z, z_depth, part * half + i, k), load_part(z + k, count), count);
+        store_part(at(m.z, z_depth, token, k), load_part(z + k, count), count);
       }
     }
     const Segment<M> segment{m.z, weights, z_depth, z_depth * kTileSize, panel_size(s.condition)};
@@ -253,40 +96,45 @@ struct Task {
   }
 
   // y_RW = silu(base + time).
-  void activate(const float* time) const {
+  void activate(const float* time, A* y) const {
     for (int64_t i = 0; i < rows; ++i) {
       const float* base = m.base + i * s.stride;
       for (int64_t k = 0; k < s.width; k += kLanes) {
-        store(at(m.y, depth, i, k), silu(load(base + k) + load(time + k)));
+        A* out = at(y, depth, i, k);
+        store(out, silu_for(out, load(base + k) + load(time + k)));
       }
     }
   }
 
-  // r = W_in x + b, for both rows of a token.
+  // r = W_in x + b and its statistics, for both rows of a token.
   void project(const float* weight_PW, const float* bias) const {
-    for (int64_t i = 0; i < tokens; ++i) {
-      const float* x = m.x + i * s.channels;
-      float* r = m.r + i * s.stride;
-      for (int64_t k = 0; k < s.columns; k += 4 * kLanes) {
-        V sums[4];
-        const int64_t vectors = smaller(4, (s.columns - k) / kLanes);
-        for (int64_t v = 0; v < vectors; ++v) sums[v] = load(bias + k + v * kLanes);
+    constexpr int64_t kTokens = 4, kVectors = kBlock / kLanes;
+    for (int64_t i = 0; i < tokens; i += kTokens) {
+      for (int64_t k = 0; k < s.columns; k += kBlock) {
+        V sums[kTokens][kVectors];
+        for (int64_t v = 0; v < kVectors; ++v) {
+          for (int64_t q = 0; q < kTokens; ++q) sums[q][v] = load(bias + k + v * kLanes);
+        }
         for (int64_t p = 0; p < s.channels; ++p) {
-          const V value = set(x[p]);
           const float* weight = weight_PW + p * s.columns + k;
-          for (int64_t v = 0; v < vectors; ++v) {
-            sums[v] = fma(value, load(weight + v * kLanes), sums[v]);
+          for (int64_t q = 0; q < kTokens; ++q) {
+            const V x = set(m.x[smaller(i + q, tokens - 1) * s.channels + p]);
+            for (int64_t v = 0; v < kVectors; ++v) {
+              sums[q][v] = fma(x, load(weight + v * kLanes), sums[q][v]);
+            }
           }
         }
-        for (int64_t v = 0; v < vectors; ++v) {
-          store(r + k + v * kLanes, sums[v]);
-          if (args.halves == 2) store(r + half * s.stride + k + v * kLanes, sums[v]);
+        for (int64_t q = 0; q < kTokens && i + q < tokens; ++q) {
+          for (int64_t v = 0; v < kVectors; ++v) {
+            float* r = m.r + (i + q) * s.stride + k + v * kLanes;
+            store(r, sums[q][v]);
+            if (args.halves == 2) store(r + tokens * s.stride, sums[q][v]);
+          }
         }
       }
-      statistics_of(i);
-      if (args.halves == 2) {
-        m.statistics[2 * (half + i)] = m.statistics[2 * i];
-        m.statistics[2 * (half + i) + 1] = m.statistics[2 * i + 1];
+      for (int64_t q = i; q < smaller(i + kTokens, tokens); ++q) {
+        statistics_of(q);
+        if (args.halves == 2) std::memcpy(m.statistics + 2 * (tokens + q), m.statistics + 2 * q, 8);
       }
     }
   }
@@ -302,7 +150,7 @@ struct Task {
     const bool noisy = table[kNoise] != 0.0F;
     for (int64_t i = 0; i < tokens; ++i) {
       const float* conditional = m.out + i * stride;
-      const float* free = conditional + half * stride;
+      const float* free = conditional + tokens * stride;
       for (int64_t p = 0; p < s.channels; p += kLanes) {
         const int64_t count = smaller(kLanes, s.channels - p);
         V eps = load(conditional + p);
@@ -331,30 +179,62 @@ struct Task {
     }
   }
 
-  // One diffusion step. `weights` and `vectors` start at the first block's.
-  void step(const W* weights, const float* vectors, int64_t t) const {
-    activate(args.time_TW + t * s.width);
+  // The modulations of steps t .. t + count - 1, which do not depend on x: few rows of many steps
+  // are as many rows, and the weights are read once for them.
+  void modulate_ahead(const W* weights, const float* vectors, int64_t t, int64_t count) const {
+    for (int64_t q = 0; q < count; ++q) {
+      activate(args.time_TW + (t + q) * s.width, m.y + q * operand);
+    }
+    float* kept = m.kept;
+    for (int64_t block = 0; block < s.depth; ++block) {
+      product(m.y, weights, s.modulation_panels(), Keep{kept, ahead * rows}, count);
+      product(m.y, weights + s.modulation_panels() * s.w, s.panels,
+              KeepGate<A>{vectors + 2 * s.width, m.gate + block * ahead * operand, depth}, count);
+      kept += s.modulation_panels() * ahead * rows * kBlock;
+      weights += s.block_weights();
+      vectors += s.block_vectors();
+    }
+    product(m.y, weights, s.panels, Keep{kept, ahead * rows}, count);
+  }
+
+  // One diffusion step, number q of those whose modulations are known. `weights` and `vectors`
+  // start at the first block's.
+  void step(const W* weights, const float* vectors, int64_t t, int64_t q) const {
+    const bool known = ahead > 1;
+    const A* const y = m.y + q * operand;
+    const float* kept = m.kept;
     project(args.vectors + 3 * s.columns, args.vectors + 2 * s.columns);
     for (int64_t block = 0; block < s.depth; ++block) {
       if (block > 0) all_statistics();
-      const float* bias = vectors + 2 * s.width;  // b_g, b_1, b_2
-      product(m.y, weights, s.modulation_panels(),
-              Modulate<A>{m.r, m.statistics, vectors, m.h, s.stride, depth});
-      weights += s.modulation_panels() * s.w;
-      product(m.y, weights, s.panels, Output{bias, m.gate, s.stride});
-      weights += s.panels * s.w;
+      const Modulate<A> modulate{m.r, m.statistics, vectors, m.h, s.stride, depth};
+      const float* const bias = vectors + 2 * s.width;  // b_g, b_1, b_2
+      A* const gate = m.gate + (known ? (block * ahead + q) * operand : 0);
+      if (known) {
+        resume(kept, q, s.modulation_panels(), modulate);
+        kept += s.modulation_panels() * ahead * rows * kBlock;
+      } else {
+        product(y, weights, s.modulation_panels(), modulate);
+        product(y, weights + s.modulation_panels() * s.w, s.panels,
+                KeepGate<A>{bias, gate, depth});
+      }
+      weights += (s.modulation_panels() + s.panels) * s.w;
       product(m.h, weights, s.panels, Silu<A>{bias + s.columns, m.g, depth});
       weights += s.panels * s.w;
-      product(m.g, weights, s.panels, Gate{bias + 2 * s.columns, m.gate, m.r, s.stride});
+      product(m.g, weights, s.panels,
+              Gate<A>{bias + 2 * s.columns, gate, m.r, s.stride, depth});
       weights += s.panels * s.w;
       vectors += s.block_vectors();
     }
     all_statistics();
-    product(m.y, weights, s.panels,
-            Scale<A>{m.r, m.statistics, vectors, m.h, s.stride, depth});
+    const Scale<A> scale{m.r, m.statistics, vectors, m.h, s.stride, depth};
+    if (known) {
+      resume(kept, q, s.panels, scale);
+    } else {
+      product(y, weights, s.panels, scale);
+    }
     weights += s.panels * s.w;
     const Segment<M> both[2] = {by_width(m.h, weights, 2 * s.w),
-                                by_width(m.y, weights + s.w, 2 * s.w)};
+                                by_width(y, weights + s.w, 2 * s.w)};
     Output output{vectors + s.columns, m.out, s.out_panels * kBlock};
     multiply(both, 2, blocks, 0, s.out_panels, output);
     update(args.table + t * kTableWidth, args.noise_TNP + t * args.rows * s.channels);
@@ -369,17 +249,23 @@ struct Task {
     // Rows that only fill blocks up, and columns beyond the width, stay zero or finite.
     std::memset(m.r, 0, sizeof(float) * static_cast<size_t>(rows * s.stride));
     std::memset(m.statistics, 0, sizeof(float) * static_cast<size_t>(2 * rows));
-    A* const operands[] = {m.y, m.h, m.g};
-    for (A* const operand : operands) {
-      std::memset(operand, 0, sizeof(A) * static_cast<size_t>(operand_size(rows, s.width)));
-    }
+    std::memset(m.y, 0, sizeof(A) * static_cast<size_t>(ahead * operand));
+    std::memset(m.h, 0, sizeof(A) * static_cast<size_t>(operand));
+    std::memset(m.g, 0, sizeof(A) * static_cast<size_t>(operand));
     condition(weights, args.vectors);
     const size_t numbers = static_cast<size_t>(tokens * s.channels);
     std::memcpy(m.x, args.initial_NP + first * s.channels, numbers * sizeof(float));
     std::memset(m.x0, 0, numbers * sizeof(float));
     const W* const first_block = weights + s.panels * panel_size(s.condition);
-    for (int64_t t = 0; t < args.steps; ++t) {
-      step(first_block, args.vectors + s.first_vectors(), t);
+    const float* const block_vectors = args.vectors + s.first_vectors();
+    for (int64_t t = 0; t < args.steps; t += ahead) {
+      const int64_t count = smaller(ahead, args.steps - t);
+      if (ahead > 1) {
+        modulate_ahead(first_block, block_vectors, t, count);
+      } else {
+        activate(args.time_TW + t * s.width, m.y);
+      }
+      for (int64_t q = 0; q < count; ++q) step(first_block, block_vectors, t + q, q);
     }
     std::memcpy(args.out_NP + first * s.channels, m.x, numbers * sizeof(float));
   }
@@ -387,7 +273,7 @@ struct Task {
 
 template <class M>
 int64_t scratch_of_task(const fastfar_denoise_loop_args& args) {
-  return Buffers<M>(Sizes(args), args.rows_per_task, args.halves, nullptr).bytes;
+  return Buffers<M>(Sizes(args), args.rows_per_task, args.halves, args.steps_ahead, nullptr).bytes;
 }
 
 template <class M>
@@ -398,7 +284,7 @@ void run_all(const fastfar_denoise_loop_args& args) {
   parallel_for(args.threads, tasks, [&](int64_t task, int32_t worker) {
     const int64_t first = task * args.rows_per_task;
     const int64_t tokens = smaller(args.rows_per_task, args.rows - first);
-    const Buffers<M> buffers(sizes, tokens, args.halves,
+    const Buffers<M> buffers(sizes, tokens, args.halves, args.steps_ahead,
                              static_cast<char*>(args.scratch) + worker * bytes);
     const TileScope tiles;
     Task<M>(args, sizes, buffers, first, tokens).run();
@@ -408,13 +294,13 @@ void run_all(const fastfar_denoise_loop_args& args) {
 }  // namespace
 
 int64_t denoise_loop_scratch(const fastfar_denoise_loop_args& args) {
-  return args.dtype == FASTFAR_FLOAT32 ? scratch_of_task<Float32>(args)
-                                       : scratch_of_task<Bfloat16>(args);
+  return args.threads * (args.dtype == FASTFAR_FLOAT32 ? scratch_of_task<Float32>(args)
+                                                       : scratch_of_task<Bfloat16>(args));
 }
 
 int32_t denoise_loop(const fastfar_denoise_loop_args& args) {
   const int64_t sizes[] = {args.rows,     args.width,           args.channels, args.steps,
-                           args.condition_width, args.rows_per_task, args.threads};
+                           args.condition_width, args.rows_per_task, args.steps_ahead, args.threads};
   for (const int64_t size : sizes) {
     if (size < 1) return FASTFAR_ERROR_ARGUMENT;
   }

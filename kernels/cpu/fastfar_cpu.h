@@ -173,6 +173,7 @@ typedef struct {
   int64_t width, depth, channels, condition_width;
   int64_t steps;
   int64_t rows_per_task;
+  int64_t steps_ahead;   /* steps whose modulations are computed at once; 1: within each step */
   const void* weights;   /* packed */
   const float* vectors;
   const float* condition_MD; /* halves * rows, conditional rows first */
@@ -183,11 +184,10 @@ typedef struct {
   const float* noise_TNP;
   float level, guidance_scale, x0_low, x0_high;
   float* out_NP;
-  void* scratch;         /* threads * fastfar_denoise_loop_scratch */
+  void* scratch;
 } fastfar_denoise_loop_args;
 FASTFAR_API int32_t fastfar_denoise_loop(const fastfar_denoise_loop_args* args);
 
-/* Bytes of scratch per thread; only the sizes of the arguments are read. */
 FASTFAR_API int64_t fastfar_denoise_loop_scratch(const fastfar_denoise_loop_args* args);
 
 /* --- frequency levels ------------------------------------------------------------------------- */
@@ -249,6 +249,130 @@ FASTFAR_API int32_t fastfar_groupnorm_silu(const fastfar_groupnorm_silu_args* ar
 
 /* Bytes of scratch for all threads together; only the sizes of the arguments are read. */
 FASTFAR_API int64_t fastfar_groupnorm_silu_scratch(const fastfar_groupnorm_silu_args* args);
+
+/* --- training ---------------------------------------------------------------------------------- */
+
+/* Weights and vectors as for the transformer. Gradients of weights and vectors are float32 sums
+ * that do not depend on the number of threads. Transposed weights are packed with n and k swapped.
+ * Scratch is for all threads together. */
+
+/* out = x + gate * u, u = W_2 silu(h) + b_2, h = W_1 (LN(x) * (1 + scale) + shift) + b_1. */
+typedef struct {
+  int32_t dtype;            /* of the packed weights, h and u */
+  int32_t x_dtype;          /* of x and out */
+  int32_t modulation_dtype; /* of shift, scale and gate */
+  int32_t threads;
+  int64_t rows, width;
+  int64_t modulation_stride; /* between rows of shift, scale and gate */
+  float eps;
+  const void *x_NW, *shift_NW, *scale_NW, *gate_NW;
+  const float *norm_weight, *norm_bias;
+  const void* fc1;
+  const float* fc1_bias;
+  const void* fc2;
+  const float* fc2_bias;
+  void *h_NW, *u_NW; /* kept for the backward; may be NULL */
+  void* out_NW;
+  void* scratch;
+} fastfar_adaln_mlp_block_args;
+FASTFAR_API int32_t fastfar_adaln_mlp_block(const fastfar_adaln_mlp_block_args* args);
+FASTFAR_API int64_t fastfar_adaln_mlp_block_scratch(const fastfar_adaln_mlp_block_args* args);
+
+typedef struct {
+  int32_t dtype, x_dtype, modulation_dtype;
+  int32_t threads;
+  int64_t rows, width;
+  int64_t modulation_stride; /* of shift, scale and gate; everything else is contiguous */
+  float eps;
+  const void *x_NW, *shift_NW, *scale_NW, *gate_NW;
+  const float *norm_weight, *norm_bias;
+  const void *fc1_transposed, *fc2_transposed;
+  const void *h_NW, *u_NW; /* of `dtype` */
+  const void* dout_NW;
+  void *dx_NW, *dshift_NW, *dscale_NW, *dgate_NW;
+  float *dnorm_weight, *dnorm_bias, *dfc1_weight, *dfc1_bias, *dfc2_weight, *dfc2_bias;
+  void* scratch;
+} fastfar_adaln_mlp_block_backward_args;
+FASTFAR_API int32_t
+fastfar_adaln_mlp_block_backward(const fastfar_adaln_mlp_block_backward_args* args);
+FASTFAR_API int64_t
+fastfar_adaln_mlp_block_backward_scratch(const fastfar_adaln_mlp_block_backward_args* args);
+
+/* Gradients of layernorm_mlp_residual. */
+typedef struct {
+  int32_t dtype, x_dtype;
+  int32_t threads;
+  int64_t rows, width, hidden;
+  float eps;
+  const void* x_MD;
+  const float *norm_weight, *norm_bias;
+  const void* fc1; /* (hidden, D) */
+  const float* fc1_bias;
+  const void *fc1_transposed, *fc2_transposed;
+  const void* dout_MD;
+  void* dx_MD;
+  float *dnorm_weight, *dnorm_bias, *dfc1_weight, *dfc1_bias, *dfc2_weight, *dfc2_bias;
+  void* scratch;
+} fastfar_layernorm_mlp_residual_backward_args;
+FASTFAR_API int32_t
+fastfar_layernorm_mlp_residual_backward(const fastfar_layernorm_mlp_residual_backward_args* args);
+FASTFAR_API int64_t fastfar_layernorm_mlp_residual_backward_scratch(
+    const fastfar_layernorm_mlp_residual_backward_args* args);
+
+/* out_MN = x_MK w^T + b. */
+typedef struct {
+  int32_t dtype, x_dtype, out_dtype;
+  int32_t threads;
+  int64_t rows, n, k;
+  int64_t x_stride; /* between rows of x */
+  const void* x_MK;
+  const void* weight; /* (N, K) */
+  const float* bias;  /* NULL: none */
+  void* out_MN;
+  void* scratch;
+} fastfar_linear_args;
+FASTFAR_API int32_t fastfar_linear(const fastfar_linear_args* args);
+FASTFAR_API int64_t fastfar_linear_scratch(const fastfar_linear_args* args);
+
+typedef struct {
+  int32_t dtype, x_dtype, out_dtype; /* dx is of x_dtype, dout of out_dtype */
+  int32_t threads;
+  int64_t rows, n, k;
+  int64_t x_stride;
+  const void* x_MK;
+  const void* weight_transposed; /* (K, N) */
+  const void* dout_MN;
+  void* dx_MK; /* NULL: not wanted */
+  float *dweight, *dbias;
+  void* scratch;
+} fastfar_linear_backward_args;
+FASTFAR_API int32_t fastfar_linear_backward(const fastfar_linear_backward_args* args);
+FASTFAR_API int64_t fastfar_linear_backward_scratch(const fastfar_linear_backward_args* args);
+
+/* loss = mean (eps - noise)^2 + bound / log 2 of every row; formulas in hybrid_loss.cc. */
+typedef struct {
+  int32_t dtype; /* of output, target, noise and noised */
+  int32_t threads;
+  int64_t rows, numbers, num_timesteps;
+  const void *output_N2P, *target_NP, *noise_NP, *noised_NP;
+  const int64_t* timestep_N;
+  const float* table_T6; /* by timestep: x0 from x_t, x0 from eps, mean from x0, mean from x_t, log
+                            beta, log of the posterior's variance */
+  float* loss_N;
+} fastfar_hybrid_loss_args;
+FASTFAR_API int32_t fastfar_hybrid_loss(const fastfar_hybrid_loss_args* args);
+
+typedef struct {
+  int32_t dtype;
+  int32_t threads;
+  int64_t rows, numbers, num_timesteps;
+  const void *output_N2P, *target_NP, *noise_NP, *noised_NP;
+  const int64_t* timestep_N;
+  const float* table_T6;
+  const float* dloss_N;
+  void* doutput_N2P;
+} fastfar_hybrid_loss_backward_args;
+FASTFAR_API int32_t fastfar_hybrid_loss_backward(const fastfar_hybrid_loss_backward_args* args);
 
 /* --- what the machine gives ------------------------------------------------------------------- */
 

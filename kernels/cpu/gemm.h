@@ -144,8 +144,9 @@ struct Pending {
   void finish() { step(kBlock); }
 };
 
-// To the level-1 cache, where there is such an instruction.
+// To the level-1 cache, where there is such an instruction: to read, or to write.
 inline void prefetch_line(const void* p) { __builtin_prefetch(p, 0, 3); }
+inline void prefetch_line_to_write(void* p) { __builtin_prefetch(p, 1, 3); }
 
 #ifdef FASTFAR_HAS_TILES
 

@@ -39,8 +39,8 @@ inline void panel_block(const float* upper, const float* lower, float* out) {
 inline void panel_block(const bf16* upper, const bf16* lower, bf16* out) {
   for (int64_t pair = 0; pair < kDepth / 2; ++pair) {
     const bf16* a = (pair < 8 ? upper : lower - kTileSize) + 2 * pair * kDepth;
-    interleave(a, a + kDepth, out + pair * kDepth);
-    interleave(a + kTile, a + kDepth + kTile, out + kTileSize + pair * kDepth);
+    interleave(a, a + kDepth, 16, out + pair * kDepth);
+    interleave(a + kTile, a + kDepth + kTile, 16, out + kTileSize + pair * kDepth);
   }
 }
 inline void panel_block(const float* upper, const float* lower, bf16* out) {

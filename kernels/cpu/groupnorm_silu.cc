@@ -3,8 +3,8 @@
 // Two passes over memory. An image is cut into chunks of positions that fit into L1. The first pass
 // takes the mean and the sum of squared deviations of every group in every chunk, reading the chunk
 // twice from L1, so that no offset of the data costs digits; they are merged in double. The second
-// pass applies y = silu(a x + b) with one pair (a, b) per channel and image. The chunks depend on
-// the sizes alone, so that the result does not depend on the number of threads.
+// pass applies y = silu((x - m) a + b), with m, a and b of every channel and image. The chunks
+// depend on the sizes alone, so that the result does not depend on the number of threads.
 #include "gemm.h"
 #include "ops.h"
 
@@ -17,10 +17,12 @@ constexpr int64_t kMaxRows = 64;  // positions of a chunk: the terms of a float3
 constexpr int64_t kVectors = 8;   // of channels, summed together
 
 struct Plan {
-  int64_t rows, chunks;                             // positions per chunk, chunks per image
-  float *moments, *scale_BC, *shift_BC, *channels;  // moments: (image, chunk, group, 2)
-  double* totals;                                   // (group, 2)
-  int64_t channels_step;                            // numbers of one worker's `channels`
+  int64_t rows, chunks;   // positions per chunk, chunks per image
+  float* moments;         // (image, chunk, group, 2)
+  double* totals;         // (group, 2)
+  float* factors;         // (image, 3, channel): m, a, b
+  float* channels;        // of each worker
+  int64_t channels_step;  // its numbers
   int64_t bytes;
 
   explicit Plan(const fastfar_groupnorm_silu_args& args) {
@@ -35,9 +37,8 @@ struct Plan {
       used += ceil_div(count * static_cast<int64_t>(sizeof(*pointer)), 64) * 64;
     };
     cut(moments, args.batch * chunks * args.groups * 2);
-    cut(scale_BC, args.batch * args.channels);
-    cut(shift_BC, args.batch * args.channels);
     cut(totals, 2 * args.groups);
+    cut(factors, 3 * args.batch * args.channels);
     cut(channels, args.threads * channels_step);
     bytes = used;
   }
@@ -98,7 +99,8 @@ void chunk_moments(const T* x, int64_t rows, int64_t channels, int64_t groups, f
   }
 }
 
-// The chunks' moments become the image's factors: a = weight / std, b = bias - mean a.
+// The chunks' moments become the image's factors: m = mean, a = weight / std, b = bias. What m
+// loses by being rounded goes into b.
 void merge(const fastfar_groupnorm_silu_args& args, const Plan& plan, int64_t image) {
   const float* moments = plan.moments + image * plan.chunks * args.groups * 2;
   const int64_t width = args.channels / args.groups;
@@ -120,14 +122,16 @@ void merge(const fastfar_groupnorm_silu_args& args, const Plan& plan, int64_t im
       }
     }
   }
-  float* scale_C = plan.scale_BC + image * args.channels;
-  float* shift_C = plan.shift_BC + image * args.channels;
+  float* factors = plan.factors + 3 * image * args.channels;
   for (int64_t c = 0; c < args.channels; ++c) {
     const double* total = plan.totals + 2 * (c / width);
     const double variance = total[1] / count + static_cast<double>(args.eps);
     const double scale = static_cast<double>(args.weight_C[c]) / __builtin_sqrt(variance);
-    scale_C[c] = static_cast<float>(scale);
-    shift_C[c] = static_cast<float>(static_cast<double>(args.bias_C[c]) - total[0] * scale);
+    const float mean = static_cast<float>(total[0]);
+    const double lost = (total[0] - static_cast<double>(mean)) * scale;
+    factors[c] = mean;
+    factors[args.channels + c] = static_cast<float>(scale);
+    factors[2 * args.channels + c] = static_cast<float>(static_cast<double>(args.bias_C[c]) - lost);
   }
 }
 
@@ -135,19 +139,18 @@ inline V activation(const float* /*type*/, V x) { return silu(x); }
 inline V activation(const bf16* /*type*/, V x) { return silu_for_bf16(x); }
 
 template <bool kSilu, class T>
-void apply(const T* x, T* y, int64_t rows, int64_t channels, const float* scale_C,
-           const float* shift_C) {
-  const int64_t whole = channels / kLanes * kLanes;
+void apply(const T* x, T* y, int64_t rows, int64_t channels, const float* factors_3C) {
+  const float *mean = factors_3C, *scale = mean + channels, *shift = scale + channels;
+  const int64_t whole = channels / kLanes * kLanes, part = channels - whole;
   for (int64_t row = 0; row < rows; ++row, x += channels, y += channels) {
 #pragma GCC unroll 4
     for (int64_t c = 0; c < whole; c += kLanes) {
-      const V value = fma(load(x + c), load(scale_C + c), load(shift_C + c));
+      const V value = fma(load(x + c) - load(mean + c), load(scale + c), load(shift + c));
       store(y + c, kSilu ? activation(x, value) : value);
     }
-    if (whole < channels) {
-      const int64_t part = channels - whole;
-      const V value = fma(load_part(x + whole, part), load_part(scale_C + whole, part),
-                          load_part(shift_C + whole, part));
+    if (part != 0) {
+      const V centred = load_part(x + whole, part) - load_part(mean + whole, part);
+      const V value = fma(centred, load_part(scale + whole, part), load_part(shift + whole, part));
       store_part(y + whole, kSilu ? activation(x, value) : value, part);
     }
   }
@@ -180,10 +183,9 @@ void run(const fastfar_groupnorm_silu_args& args) {
   });
   for (int64_t image = 0; image < args.batch; ++image) merge(args, plan, image);
   each_chunk([&](int64_t task, int32_t) {
-    const int64_t at = task / plan.chunks * args.channels;
+    const float* factors = plan.factors + task / plan.chunks * 3 * args.channels;
     const auto f = args.silu != 0 ? apply<true, T> : apply<false, T>;
-    f(x + first(task), y + first(task), rows(task), args.channels, plan.scale_BC + at,
-      plan.shift_BC + at);
+    f(x + first(task), y + first(task), rows(task), args.channels, factors);
   });
 }
 

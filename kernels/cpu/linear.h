@@ -10,10 +10,10 @@ namespace fastfar {
 namespace FASTFAR_TARGET {
 namespace {
 
-constexpr int64_t kPieceDepth = 40;       // k tiles: longer panels fall out of L1 too early
-constexpr int64_t kChunkBytes = 1 << 20;  // of an A operand: half of a core's L2
-constexpr int64_t kPartialBlocks = 96;    // of C between the pieces of K: 384 KB
-constexpr int64_t kTasksPerThread = 4;    // so that threads of different speed end together
+constexpr int64_t kPieceBytes = 80 << 10;  // of a panel: longer ones fall out of L1 too early
+constexpr int64_t kChunkBytes = 1 << 20;   // of an A operand: half of a core's L2
+constexpr int64_t kPartialBlocks = 96;     // of C between the pieces of K: 384 KB
+constexpr int64_t kTasksPerThread = 4;     // so that threads of different speed end together
 
 // Hands out parts of one block of memory, each at a multiple of 64 bytes. Started at nullptr, it
 // only counts.
@@ -40,7 +40,8 @@ struct LinearPlan {
     rows = row_count;
     panels = ceil_div(n, kBlock);
     depth = depth_of(k);
-    piece = larger(1, ceil_div(depth, ceil_div(depth, kPieceDepth)));
+    const int64_t longest = kPieceBytes / (kPanelStep * size_of_a);
+    piece = larger(1, ceil_div(depth, ceil_div(depth, longest)));
     pieces = ceil_div(depth, piece);
     const int64_t blocks = ceil_div(rows, kBlock);
     const int64_t most = larger(1, kChunkBytes / (2 * piece * kTileSize * size_of_a));

@@ -12,30 +12,43 @@
 
 // Every operation, by name: `int32_t fastfar_<op>(const fastfar_<op>_args*)` in fastfar_cpu.h,
 // `int32_t <op>(const fastfar_<op>_args&)` in <op>.cc. A new operation adds its name here.
-#define FASTFAR_EACH_OP(X)        \
-  X(attention)                    \
-  X(denoise_loop)                 \
-  X(filter_mask_patchify)         \
-  X(filter_mask_patchify_backward) \
-  X(groupnorm_silu)               \
-  X(layernorm_attention_residual) \
-  X(layernorm_linear)             \
-  X(layernorm_mlp_residual)       \
-  X(pack)                         \
-  X(peak)                         \
+#define FASTFAR_EACH_OP(X)           \
+  X(adaln_mlp_block)                 \
+  X(adaln_mlp_block_backward)        \
+  X(attention)                       \
+  X(denoise_loop)                    \
+  X(filter_mask_patchify)            \
+  X(filter_mask_patchify_backward)   \
+  X(groupnorm_silu)                  \
+  X(hybrid_loss)                     \
+  X(hybrid_loss_backward)            \
+  X(layernorm_attention_residual)    \
+  X(layernorm_linear)                \
+  X(layernorm_mlp_residual)          \
+  X(layernorm_mlp_residual_backward) \
+  X(linear)                          \
+  X(linear_backward)                 \
+  X(pack)                            \
+  X(peak)                            \
   X(selftest)
 
 // Operations with `int64_t fastfar_<op>_scratch(const fastfar_<op>_args*)`, which is
 // `int64_t <op>_scratch(const fastfar_<op>_args&)` in <op>.cc.
-#define FASTFAR_EACH_SCRATCH(X)   \
-  X(attention)                    \
-  X(denoise_loop)                 \
-  X(filter_mask_patchify)         \
-  X(filter_mask_patchify_backward) \
-  X(groupnorm_silu)               \
-  X(layernorm_attention_residual) \
-  X(layernorm_linear)             \
-  X(layernorm_mlp_residual)
+#define FASTFAR_EACH_SCRATCH(X)      \
+  X(adaln_mlp_block)                 \
+  X(adaln_mlp_block_backward)        \
+  X(attention)                       \
+  X(denoise_loop)                    \
+  X(filter_mask_patchify)            \
+  X(filter_mask_patchify_backward)   \
+  X(groupnorm_silu)                  \
+  X(layernorm_attention_residual)    \
+  X(layernorm_linear)                \
+  X(layernorm_mlp_residual)          \
+  X(layernorm_mlp_residual_backward) \
+  X(linear)                          \
+  X(linear_backward)                 \
+  X(selftest)
 
 namespace fastfar {
 
@@ -54,12 +67,12 @@ struct Ops {
 #define FASTFAR_SCRATCH_ENTRY(op) &op##_scratch,
 
 // Declares the functions of one instruction set and its table `kOps`.
-#define FASTFAR_DECLARE_TARGET(target)                                                          \
-  namespace target {                                                                            \
-  FASTFAR_EACH_OP(FASTFAR_FUNCTION)                                                             \
-  FASTFAR_EACH_SCRATCH(FASTFAR_SCRATCH)                                                         \
-  constexpr Ops kOps = {FASTFAR_EACH_OP(FASTFAR_ENTRY)                                          \
-                            FASTFAR_EACH_SCRATCH(FASTFAR_SCRATCH_ENTRY)};                       \
+#define FASTFAR_DECLARE_TARGET(target)                                    \
+  namespace target {                                                      \
+  FASTFAR_EACH_OP(FASTFAR_FUNCTION)                                       \
+  FASTFAR_EACH_SCRATCH(FASTFAR_SCRATCH)                                   \
+  constexpr Ops kOps = {FASTFAR_EACH_OP(FASTFAR_ENTRY)                    \
+                            FASTFAR_EACH_SCRATCH(FASTFAR_SCRATCH_ENTRY)}; \
   }
 
 }  // namespace fastfar

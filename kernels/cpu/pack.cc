@@ -56,7 +56,7 @@ inline void write(const Square<bf16>& from, bool transposed, bf16* out) {
   for (int64_t n = 0; n < kBlock; n += kTile, out += kTileSize) {
     if (transposed) {
       for (int64_t k = 0; k < kDepth; k += 2) {
-        interleave(&from.x[k][n], &from.x[k + 1][n], out + k * kTile);
+        interleave(&from.x[k][n], &from.x[k + 1][n], kTile, out + k * kTile);
       }
     } else {
       transpose_words(from.x[n], kDepth / 2, kTile, kTile, out, kTile);

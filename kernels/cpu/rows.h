@@ -90,6 +90,12 @@ struct Numbers {
     return dtype == FASTFAR_FLOAT32 ? load_part(static_cast<const float*>(p) + index, count)
                                     : load_part(static_cast<const bf16*>(p) + index, count);
   }
+  // Asks for the line of a number that will be read, or be written.
+  void expect(int64_t index) const { prefetch(static_cast<const char*>(p) + bytes(index)); }
+  void expect_to_write(int64_t index) const {
+    prefetch_to_write(static_cast<char*>(p) + bytes(index));
+  }
+  int64_t bytes(int64_t index) const { return dtype == FASTFAR_FLOAT32 ? 4 * index : 2 * index; }
   void put(int64_t index, V x, int64_t count) const {
     if (dtype == FASTFAR_FLOAT32) {
       store_part(static_cast<float*>(p) + index, x, count);

@@ -143,6 +143,14 @@ class Buffer {
         size_(other.size_),
         block_(std::exchange(other.block_, nullptr)),
         begin_(other.begin_) {}
+  Buffer& operator=(Buffer&& other) noexcept {
+    std::swap(count_, other.count_);
+    std::swap(bytes_, other.bytes_);
+    std::swap(size_, other.size_);
+    std::swap(block_, other.block_);
+    std::swap(begin_, other.begin_);
+    return *this;
+  }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   ~Buffer() {

@@ -1,112 +1,172 @@
-// Runs the self-test on every instruction set of this machine against a double-precision oracle.
-// Fails when a set that the machine offers did not run, when an output is wrong, when a byte beside
-// the output was written, or when a set that is not there was accepted.
-#include <cmath>
-#include <cstdint>
-#include <cstdio>
-#include <cstring>
-#include <vector>
+// The interface of the library, and the product of gemm.h that all operations use: every
+// instruction set, both arithmetics, sums over two segments and over pieces of K, several threads.
+// Fails when a set that the machine offers did not run, or one that is not there was accepted.
+#include "common.h"
 
-#include "fastfar_cpu.h"
+using test::Buffer;
+using test::check;
 
 namespace {
 
-int g_failures = 0;
-
-void check(bool ok, const char* what, const char* isa) {
-  if (ok) return;
-  ++g_failures;
-  std::printf("FAILED %s: %s\n", isa, what);
-}
-
-// The nearest bfloat16 as a float, by arithmetic other than the kernel's: keep 8 bits of mantissa.
-float rounded(float value) {
-  if (value == 0.0F) return 0.0F;
-  int exponent = 0;
-  const float mantissa = std::frexp(value, &exponent);
-  return std::ldexp(std::nearbyint(std::ldexp(mantissa, 8)), exponent - 8);
-}
-
-// Deterministic values in [-1, 1) that are not representable in bfloat16.
-struct Draws {
-  uint32_t state = 1;
-  float next() {
-    state = state * 1664525U + 1013904223U;
-    return static_cast<float>(state >> 8) / 8388608.0F - 1.0F;
-  }
+struct Case {
+  int64_t m, n, k;
 };
 
-void run_case(const char* isa, int32_t expected, int64_t m, int64_t n, int64_t k) {
-  constexpr size_t kGuard = 64;
-  constexpr float kSentinel = -12345.0F;
-  Draws draws;
-  std::vector<float> a(static_cast<size_t>(m * k) + 1), b(static_cast<size_t>(k * n) + 1);
-  for (float& value : a) value = draws.next();
-  for (float& value : b) value = draws.next();
-  const size_t size = static_cast<size_t>(m * n);
-  std::vector<float> c(size + 2 * kGuard, kSentinel);
-
-  const int32_t ran = fastfar_selftest(m, n, k, a.data(), b.data(), c.data() + kGuard);
-  check(ran == expected, "another instruction set ran", isa);
-
-  for (int64_t i = 0; i < m; ++i) {
-    for (int64_t j = 0; j < n; ++j) {
-      double sum = 0.0, magnitude = 0.0;
-      for (int64_t p = 0; p < k; ++p) {
-        const double product = static_cast<double>(rounded(a[static_cast<size_t>(i * k + p)])) *
-                               static_cast<double>(rounded(b[static_cast<size_t>(p * n + j)]));
-        sum += product;
-        magnitude += std::fabs(product);
-      }
-      const double got = static_cast<double>(c[kGuard + static_cast<size_t>(i * n + j)]);
-      // k roundings of a float32 sum; `not <=` so that a NaN fails too.
-      if (!(std::fabs(got - sum) <= static_cast<double>(k) * 6e-8 * magnitude)) {
-        std::printf("(%lld, %lld, %lld) at (%lld, %lld): %.9g, expected %.9g\n",
-                    static_cast<long long>(m), static_cast<long long>(n), static_cast<long long>(k),
-                    static_cast<long long>(i), static_cast<long long>(j), got, sum);
-        check(false, "wrong value", isa);
-        return;
+struct Problem {
+  Problem(int32_t dtype, const Case& size)
+      : dtype(dtype),
+        size(size),
+        draws(static_cast<uint64_t>(size.m * 10007 + size.n * 101 + size.k)),
+        a_MK(draws.normal(size.m * size.k)),
+        b_NK(draws.normal(size.n * size.k)),
+        packed(test::pack(dtype, b_NK.data(), size.n, size.k)) {
+    for (int64_t i = 0; i < size.m; ++i) {
+      for (int64_t j = 0; j < size.n; ++j) {
+        double sum = 0.0, absolute = 0.0;
+        for (int64_t p = 0; p < size.k; ++p) {
+          const double product = test::as_used(dtype, a_MK[i * size.k + p]) *
+                                 test::as_used(dtype, b_NK[j * size.k + p]);
+          sum += product;
+          absolute += std::fabs(product);
+        }
+        exact.push_back(sum);
+        magnitude.push_back(absolute);
       }
     }
   }
-  for (size_t g = 0; g < kGuard; ++g) {
-    check(c[g] == kSentinel && c[kGuard + size + g] == kSentinel, "wrote beside the output", isa);
+
+  Buffer<float> run(int32_t isa, int32_t segments, int32_t pieces, int32_t threads) {
+    Buffer<float> c_MN(size.m * size.n);
+    fastfar_selftest_args args = {};
+    args.dtype = dtype;
+    args.threads = threads;
+    args.segments = segments;
+    args.pieces = pieces;
+    args.m = size.m;
+    args.n = size.n;
+    args.k = size.k;
+    args.a_MK = a_MK.data();
+    args.b_NK = packed.data();
+    args.c_MN = c_MN.data();
+    Buffer<uint8_t> scratch(fastfar_selftest_scratch(&args));
+    args.scratch = scratch.data();
+    check(fastfar_selftest(&args) == isa, "another instruction set ran");
+    c_MN.check_guards("the output");
+    scratch.check_guards("the scratch");
+    return c_MN;
+  }
+
+  bool right(const Buffer<float>& c_MN) const {
+    for (size_t i = 0; i < exact.size(); ++i) {
+      if (!test::check_close(c_MN.data()[i], exact[i], magnitude[i], size.k,
+                             "(%d, %d, %d), dtype %d, number %d", static_cast<int>(size.m),
+                             static_cast<int>(size.n), static_cast<int>(size.k), dtype,
+                             static_cast<int>(i))) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+  int32_t dtype;
+  Case size;
+  test::Draws draws;
+  Buffer<float> a_MK, b_NK;
+  Buffer<uint8_t> packed;
+  std::vector<double> exact, magnitude;
+};
+
+void product(int32_t isa) {
+  constexpr Case kCases[] = {{1, 1, 1},    {2, 33, 31},    {3, 7, 65},    {16, 16, 32},
+                             {17, 15, 33}, {32, 32, 64},   {33, 100, 96}, {61, 1, 97},
+                             {1, 257, 40}, {65, 130, 129}, {2, 3, 0},     {100, 31, 320}};
+  for (const int32_t dtype : {FASTFAR_FLOAT32, FASTFAR_BFLOAT16}) {
+    for (const Case& size : kCases) {
+      Problem problem(dtype, size);
+      for (const int32_t segments : {1, 2}) {
+        for (const int32_t pieces : {1, 2, 5}) {
+          const Buffer<float> once = problem.run(isa, segments, pieces, 1);
+          if (!problem.right(once)) {
+            check(false, "with %d segments, %d pieces", segments, pieces);
+            continue;
+          }
+          for (int32_t threads = 1; threads <= 4; ++threads) {
+            check(problem.run(isa, segments, pieces, threads) == once,
+                  "(%d, %d, %d), dtype %d: %d threads give other bits", static_cast<int>(size.m),
+                  static_cast<int>(size.n), static_cast<int>(size.k), dtype, threads);
+          }
+        }
+      }
+    }
+  }
+}
+
+// A NaN stays in its row (or output) and is not lost; nor is an infinity.
+void not_finite(int32_t isa) {
+  constexpr Case kSize = {35, 37, 70};
+  for (const int32_t dtype : {FASTFAR_FLOAT32, FASTFAR_BFLOAT16}) {
+    Problem problem(dtype, kSize);
+    problem.a_MK[3 * kSize.k + 69] = NAN;
+    problem.b_NK[34 * kSize.k] = INFINITY;
+    problem.packed = test::pack(dtype, problem.b_NK.data(), kSize.n, kSize.k);
+    const Buffer<float> c_MN = problem.run(isa, 2, 2, 2);
+    for (int64_t i = 0; i < kSize.m; ++i) {
+      for (int64_t j = 0; j < kSize.n; ++j) {
+        const float got = c_MN[i * kSize.n + j];
+        const bool expected = i == 3 ? std::isnan(got) : std::isinf(got) == (j == 34);
+        check(expected, "%g at (%d, %d)", static_cast<double>(got), static_cast<int>(i),
+              static_cast<int>(j));
+      }
+    }
+  }
+}
+
+void refusals() {
+  float one = 1.0F;
+  fastfar_selftest_args good = {};
+  good.threads = good.segments = good.pieces = 1;
+  good.k = 1;
+  good.c_MN = &one;
+  check(fastfar_selftest(&good) >= 0, "refused an empty product");
+  fastfar_selftest_args bad = good;
+  bad.m = -1;
+  check(fastfar_selftest(&bad) == FASTFAR_ERROR_ARGUMENT, "accepted m = -1");
+  bad = good;
+  bad.segments = 3;
+  check(fastfar_selftest(&bad) == FASTFAR_ERROR_ARGUMENT, "accepted 3 segments");
+  bad = good;
+  bad.dtype = 2;
+  check(fastfar_selftest(&bad) == FASTFAR_ERROR_ARGUMENT, "accepted dtype 2");
+  bad = good;
+  bad.m = bad.n = 1;
+  check(fastfar_selftest(&bad) == FASTFAR_ERROR_ARGUMENT, "accepted null pointers");
+  check(fastfar_selftest(nullptr) == FASTFAR_ERROR_ARGUMENT, "accepted no arguments");
+}
+
+void selection() {
+  check(fastfar_abi_version() == FASTFAR_ABI_VERSION, "ABI version");
+  check(fastfar_isa_count() == FASTFAR_ISA_COUNT, "count of sets");
+  check(fastfar_isa_reason(FASTFAR_ISA_SCALAR) == nullptr, "scalar must be usable");
+  check(fastfar_isa_selected() == fastfar_isa_best(), "the best set is the default");
+  check(fastfar_isa_select(-1) == FASTFAR_ERROR_ARGUMENT, "accepted set -1");
+  check(fastfar_isa_select(FASTFAR_ISA_COUNT) == FASTFAR_ERROR_ARGUMENT, "accepted set 5");
+  check(fastfar_isa_reason(-1) != nullptr && fastfar_isa_name(-1) == nullptr, "set -1");
+  for (int32_t isa = 0; isa < FASTFAR_ISA_COUNT; ++isa) {
+    const int32_t before = fastfar_isa_selected();
+    const bool usable = fastfar_isa_reason(isa) == nullptr;
+    check(fastfar_isa_select(isa) == (usable ? isa : FASTFAR_ERROR_ISA), "choice of set %d", isa);
+    check(fastfar_isa_selected() == (usable ? isa : before), "selection after set %d", isa);
   }
 }
 
 }  // namespace
 
 int main() {
-  constexpr int64_t kSizes[][3] = {{1, 1, 1},    {16, 16, 32}, {3, 7, 5},   {17, 15, 33},
-                                   {32, 48, 64}, {1, 33, 129}, {61, 1, 97}, {2, 3, 0}};
-  check(fastfar_abi_version() == FASTFAR_ABI_VERSION, "ABI version", "library");
-  check(fastfar_isa_count() == FASTFAR_ISA_COUNT, "count of sets", "library");
-  check(fastfar_isa_reason(FASTFAR_ISA_SCALAR) == nullptr, "scalar must be usable", "scalar");
-  check(fastfar_isa_selected() == fastfar_isa_best(), "the best set is the default", "library");
-  check(fastfar_isa_select(-1) == FASTFAR_ERROR_ARGUMENT, "accepted set -1", "library");
-  check(fastfar_isa_select(FASTFAR_ISA_COUNT) == FASTFAR_ERROR_ARGUMENT, "accepted set 5",
-        "library");
-  check(fastfar_isa_reason(-1) != nullptr && fastfar_isa_name(-1) == nullptr, "set -1", "library");
-
-  for (int32_t isa = 0; isa < FASTFAR_ISA_COUNT; ++isa) {
-    const char* name = fastfar_isa_name(isa);
-    const char* reason = fastfar_isa_reason(isa);
-    if (reason != nullptr) {
-      const int32_t before = fastfar_isa_selected();
-      check(fastfar_isa_select(isa) == FASTFAR_ERROR_ISA, "accepted though unusable", name);
-      check(fastfar_isa_selected() == before, "a refused choice changed the selection", name);
-      std::printf("skipped %s: %s\n", name, reason);
-      continue;
-    }
-    check(fastfar_isa_select(isa) == isa, "refused though usable", name);
-    check(fastfar_isa_selected() == isa, "selection did not hold", name);
-    for (const auto& size : kSizes) run_case(name, isa, size[0], size[1], size[2]);
-    const float one = 1.0F;
-    float out = 0.0F;
-    check(fastfar_selftest(-1, 1, 1, &one, &one, &out) == FASTFAR_ERROR_ARGUMENT, "m = -1", name);
-    check(fastfar_selftest(1, 1, 1, nullptr, &one, &out) == FASTFAR_ERROR_ARGUMENT, "null", name);
-    std::printf("ran %s\n", name);
-  }
-  std::printf("%d failures\n", g_failures);
-  return g_failures == 0 ? 0 : 1;
+  selection();
+  test::each_isa([](int32_t isa) {
+    product(isa);
+    not_finite(isa);
+    refusals();
+  });
+  return test::finish();
 }

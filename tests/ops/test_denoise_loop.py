@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 from fastfar import reference
 from fastfar.config import FARConfig
 from fastfar.head import DenoisingMLP
-from fastfar.ops import denoise_loop
+from fastfar.ops import denoise_loop, use_backend
+from fastfar.ops._head import pack_head
 
 OPS = (denoise_loop, reference.denoise_loop)
 CONFIG = FARConfig(width=12, num_heads=1, head_depth=2, head_width=20, latent_channels=5)
@@ -193,3 +195,108 @@ def test_bad_shapes() -> None:
         denoise_loop(data.head, data.condition, 3, data.initial, data.noise[:, :1], **options)
     with pytest.raises(ValueError, match="diffusion steps"):
         denoise_loop(data.head, data.condition, 3, data.initial, data.noise[:0], **options)
+
+
+# --- the native kernel ------------------------------------------------------------------------
+
+
+def native_inputs(
+    rows: int, steps: int, halves: int = 2, width: int = 48, depth: int = 2, token_dim: int = 5
+) -> Inputs:
+    """As `inputs`, with a head whose width the native kernel takes."""
+    config = FARConfig(
+        width=12, num_heads=1, head_depth=depth, head_width=width, latent_channels=token_dim
+    )
+    with torch.device("meta"):
+        shapes = DenoisingMLP(config).state_dict()
+    head = {name: formula_tensor(name, tuple(x.shape)).double() for name, x in shapes.items()}
+    head["final_layer.linear.weight"] *= 0.3
+    plain = inputs(rows, steps, halves, token_dim)
+    return Inputs(head, plain.condition, plain.initial, plain.noise)
+
+
+def native(*args: Any, **kwargs: Any) -> Tensor:
+    with use_backend("native"):
+        return denoise_loop(*args, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("halves, scale, x0_range", [(1, 1.0, None), (2, 3.0, (-1.5, 2.0))])
+@pytest.mark.parametrize(
+    "rows, steps, width, depth, token_dim", [(1, 1, 16, 1, 3), (3, 4, 48, 2, 5), (37, 2, 80, 3, 17)]
+)
+def test_native_values(
+    isa: str,
+    rows: int,
+    steps: int,
+    width: int,
+    depth: int,
+    token_dim: int,
+    halves: int,
+    scale: float,
+    x0_range: tuple[float, float] | None,
+    dtype: torch.dtype,
+) -> None:
+    data = native_inputs(rows, steps, halves, width, depth, token_dim)
+    options = {"guidance_scale": scale, "temperature": 0.9, "x0_range": x0_range}
+    for layout in (torch.Tensor.contiguous, with_gap):
+        assert_close_to_reference(
+            native,
+            reference.denoise_loop,
+            *data.args(),
+            dtype=dtype,
+            gradients=False,
+            layout=layout,
+            layers=4 * steps,
+            **options,
+        )
+
+
+def test_native_heads_packed_beforehand_give_the_same_bits(isa: str) -> None:
+    data = native_inputs(70, 3)
+    options = {"guidance_scale": 3.0, "temperature": 1.0}
+    for dtype in (torch.float32, torch.bfloat16):
+        head = {name: x.to(dtype) for name, x in data.head.items()}
+        tensors = (data.condition.float(), 7, data.initial.float(), data.noise.float())
+        expected = native(head, *tensors, **options)
+        packed_head = pack_head(head, dtype)
+        before = torch.get_num_threads()
+        try:
+            for threads in (1, 2, 3, 4):
+                torch.set_num_threads(threads)
+                assert torch.equal(native(packed_head, *tensors, **options), expected), threads
+        finally:
+            torch.set_num_threads(before)
+        assert expected.dtype is torch.float32 and expected.isfinite().all()
+
+
+@pytest.mark.usefixtures("library")
+def test_native_takes_no_noise_from_the_last_step_and_no_unconditional_half() -> None:
+    data = native_inputs(4, 3)
+    noise, condition = data.noise.clone(), data.condition.clone()
+    noise[-1] = float("nan")
+    condition[4:] = float("nan")
+    head = {name: x.float() for name, x in data.head.items()}
+    args = (7, data.initial.float(), noise.float())
+    options = {"guidance_scale": 1.0, "temperature": 1.0}
+    out = native(head, condition.float(), *args, **options)
+    assert out.isfinite().all()
+    assert torch.equal(out, native(head, condition[:4].float(), *args, **options))
+
+
+@pytest.mark.usefixtures("library")
+def test_native_differentiates_through_pytorch_and_refuses_the_rest() -> None:
+    data = native_inputs(2, 2)
+    head = {name: x.float() for name, x in data.head.items()}
+    args = (7, data.initial.float(), data.noise.float())
+    options = {"guidance_scale": 3.0, "temperature": 1.0}
+    condition = data.condition.float().requires_grad_()
+    (gradient,) = torch.autograd.grad(native(head, condition, *args, **options).sum(), condition)
+    assert gradient.abs().sum() > 0
+    with pytest.raises(TypeError, match="float64"):
+        native(data.head, data.condition, 7, data.initial, data.noise, **options)
+    with pytest.raises(ValueError, match="multiple of 16, got 20"):
+        odd = {name: x.float() for name, x in inputs(2, 2).head.items()}
+        native(odd, data.condition.float(), *args, **options)
+    with pytest.raises(ValueError, match="conditions of 12 and tokens of 5"):
+        native(head, data.condition.float()[:, :7], *args, **options)

@@ -1,0 +1,76 @@
+"""What the ops with a native backward share: the dtype of their products, packing, checks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastfar import _native
+from fastfar.packing import PackedWeight, pack
+
+ALLOWED = tuple(_native.DTYPES)
+
+
+def autocast_dtype() -> torch.dtype | None:
+    """What autocast would round the operands of products to; None without autocast on the CPU."""
+    if not torch.is_autocast_enabled("cpu"):
+        return None
+    return torch.get_autocast_dtype("cpu")
+
+
+def product_dtype(name: str, *weights: Tensor) -> torch.dtype:
+    """float32 or bfloat16: autocast's dtype, or else that of all weights.
+
+    Raises TypeError for other dtypes and for weights that differ.
+    """
+    own = {w.compute_dtype if isinstance(w, PackedWeight) else w.dtype for w in weights}
+    dtype = autocast_dtype() or next(iter(own))
+    if len(own) > 1 or not own <= set(ALLOWED) or dtype not in ALLOWED:
+        given = sorted(map(str, {*own, dtype}))
+        raise TypeError(f"native {name}: products in {given}; give one of float32 and bfloat16")
+    return dtype
+
+
+def floats(name: str, **tensors: Tensor) -> None:
+    """Raises TypeError or ValueError for what the native kernels do not read."""
+    for what, x in tensors.items():
+        if x.device.type != "cpu":
+            raise ValueError(f"native {name}: {what} is on {x.device}; give it on the CPU")
+        if x.dtype not in ALLOWED:
+            raise TypeError(f"native {name}: {what} is {x.dtype}; give float32 or bfloat16")
+
+
+def shapes(name: str, **tensors: tuple[Tensor, tuple[int, ...]]) -> None:
+    """Raises ValueError for a tensor of another shape."""
+    for what, (x, expected) in tensors.items():
+        if isinstance(x, PackedWeight):
+            shape: tuple[int, ...] = (x.out_features, x.in_features)
+        else:
+            shape = tuple(x.shape)
+        if shape != expected:
+            raise ValueError(f"native {name}: {what} is {shape}, expected {expected}")
+
+
+def as_weight(weight_NK: Tensor, dtype: torch.dtype) -> PackedWeight:
+    """The weight in tile order, for the products of one call."""
+    if isinstance(weight_NK, PackedWeight):
+        return weight_NK
+    return pack(weight_NK.detach(), dtype)
+
+
+def transposed(weight_NK: Tensor, dtype: torch.dtype) -> PackedWeight:
+    """Its transpose in tile order: the weight of the gradient of the input."""
+    return pack(weight_NK.detach().t(), dtype)
+
+
+def is_packed(*weights: Tensor) -> bool:
+    """Whether one of them is packed, and so without gradient."""
+    return any(isinstance(w, PackedWeight) for w in weights)
+
+
+def wants_graph(*tensors: Tensor | None) -> bool:
+    """Whether the call must be recorded: for autograd, or because a compiler traces it."""
+    if torch.compiler.is_compiling():
+        return True
+    given = [x for x in tensors if x is not None]
+    return torch.is_grad_enabled() and any(x.requires_grad for x in given)
