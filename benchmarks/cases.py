@@ -8,8 +8,9 @@ the output once. M = 2 N rows or images stand for the two halves of guidance.
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 from fastfar import FARConfig, ops, reference
 from fastfar.head import TIME_FEATURES, DenoisingMLP
+from fastfar.ops._head import pack_head
+from fastfar.packing import packed
 
 STEPS = 8  # T of the denoising loop: its time is linear in T, and a short loop keeps runs short
 PRESETS = ("demo", "far_base")
@@ -44,10 +47,10 @@ class Case:
     executed: Count | None = None
 
     @property
-    def op(self) -> Callable[..., Tensor]:
+    def op(self) -> ops.Op[..., Tensor]:
         """The production op."""
-        function: Callable[..., Tensor] = getattr(ops, self.name)
-        return function
+        operation: ops.Op[..., Tensor] = getattr(ops, self.name)
+        return operation
 
     @property
     def reference(self) -> Callable[..., Tensor]:
@@ -61,6 +64,28 @@ class Case:
             torch.manual_seed(seed)
             return self.make(config, batch, dtype)
 
+    def native_inputs(self, config: FARConfig, batch: int, dtype: torch.dtype) -> Arguments:
+        """The same numbers as a model that is packed for the native back end passes them.
+
+        Matrices of weights are packed in `dtype` and all else is float32; an op without weights
+        gets its tensors in `dtype`.
+        """
+        args, kwargs = self.inputs(config, batch, torch.float32)
+        if self.name == "denoise_loop":
+            head, *rest = args
+            return (pack_head(head, dtype), *rest), kwargs
+        names = list(inspect.signature(self.op).parameters)[: len(args)]
+        weights = {
+            name
+            for name, x in zip(names, args, strict=True)
+            if name.endswith("weight") and isinstance(x, Tensor) and x.ndim == 2
+        }
+        others = torch.float32 if weights else dtype
+        return tuple(
+            packed(x, dtype) if name in weights else as_float(x, others)
+            for name, x in zip(names, args, strict=True)
+        ), kwargs
+
     def executed_flops(self, config: FARConfig, batch: int) -> int:
         """FLOPs that the production op executes."""
         return (self.executed or self.flops)(config, batch)
@@ -70,6 +95,13 @@ class Case:
         """Bytes of all inputs and of the output: the least traffic with memory."""
         tensors = [x for x in tree_leaves(arguments) if isinstance(x, Tensor)]
         return sum(x.numel() * x.element_size() for x in [*tensors, out])
+
+
+def as_float(x: Any, dtype: torch.dtype) -> Any:
+    """Tensors of real numbers, also those inside a dictionary, in `dtype`; all else as it is."""
+    if isinstance(x, Mapping):
+        return {key: as_float(value, dtype) for key, value in x.items()}
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def _positions(config: FARConfig) -> int:
@@ -114,6 +146,12 @@ def _layernorm_linear(config: FARConfig, batch: int, dtype: torch.dtype) -> Argu
         _vector(width, dtype),
     )
     return args, {}
+
+
+def _linear(config: FARConfig, batch: int, dtype: torch.dtype) -> Arguments:
+    width, rows = config.head_width, 2 * batch * config.num_tokens
+    x_NW = torch.randn(rows, width).to(dtype)
+    return (x_NW, _matrix(3 * width, width, dtype), _vector(3 * width, dtype)), {}
 
 
 def _layernorm_mlp_residual(config: FARConfig, batch: int, dtype: torch.dtype) -> Arguments:
@@ -211,6 +249,34 @@ def _hybrid_loss(config: FARConfig, batch: int, dtype: torch.dtype) -> Arguments
     return (*tensors, timestep), {"num_timesteps": config.num_timesteps}
 
 
+# KL-16's decoder at its lowest resolution, where a third of its layers are.
+KL_WIDTH, KL_GROUPS = 512, 32
+
+
+def _image(config: FARConfig, batch: int, dtype: torch.dtype) -> Tensor:
+    x_BCHW = torch.randn(batch, KL_WIDTH, config.latent_size, config.latent_size)
+    return x_BCHW.to(dtype, memory_format=torch.channels_last)
+
+
+def _convolution_weights(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    weight = _matrix(KL_WIDTH, KL_WIDTH * 9, dtype).view(KL_WIDTH, KL_WIDTH, 3, 3)
+    return weight, _vector(KL_WIDTH, dtype)
+
+
+def _groupnorm_silu(config: FARConfig, batch: int, dtype: torch.dtype) -> Arguments:
+    vectors = _vector(KL_WIDTH, dtype, mean=1.0), _vector(KL_WIDTH, dtype)
+    return (_image(config, batch, dtype), *vectors), {"groups": KL_GROUPS}
+
+
+def _convolution_residual(config: FARConfig, batch: int, dtype: torch.dtype) -> Arguments:
+    x, residual = _image(config, batch, dtype), _image(config, batch, dtype)
+    return (x, *_convolution_weights(dtype), residual), {}
+
+
+def _upsample_convolution(config: FARConfig, batch: int, dtype: torch.dtype) -> Arguments:
+    return (_image(config, batch, dtype), *_convolution_weights(dtype)), {}
+
+
 CASES = {
     case.name: case
     for case in (
@@ -246,7 +312,23 @@ CASES = {
             _adaln_mlp_block,
             lambda c, batch: 2 * batch * c.num_tokens * 4 * c.head_width**2,
         ),
+        Case(
+            "linear",
+            _linear,
+            lambda c, batch: 2 * batch * c.num_tokens * 6 * c.head_width**2,
+        ),
         Case("denoise_loop", _denoise_loop, _denoise_loop_flops, _denoise_loop_executed),
         Case("hybrid_loss", _hybrid_loss, lambda c, batch: 0),
+        Case("groupnorm_silu", _groupnorm_silu, lambda c, batch: 0),
+        Case(
+            "convolution_residual",
+            _convolution_residual,
+            lambda c, batch: 2 * batch * c.latent_size**2 * 9 * KL_WIDTH**2,
+        ),
+        Case(
+            "upsample_convolution",
+            _upsample_convolution,
+            lambda c, batch: 2 * batch * 4 * c.latent_size**2 * 9 * KL_WIDTH**2,
+        ),
     )
 }

@@ -37,7 +37,6 @@ from fastfar import FAR, KLVAE, FARConfig, FARPipeline, SamplingPlan, reference
 from fastfar.checkpoint import load_pretrained
 from fastfar.config import PRESETS
 from fastfar.noise import seeded_noise
-from fastfar.ops import use_backend
 from fastfar.prepared import prepare_native
 from fastfar.tokenizer import PixelTokenizer
 
@@ -86,7 +85,7 @@ def first_steps(plan: SamplingPlan, count: int | None) -> SamplingPlan:
 def subject(options: argparse.Namespace) -> tuple[str, FAR, Tokenizer, SamplingPlan]:
     """Name, model, decoder and plan."""
     if options.preset == "demo":
-        parts = load_pretrained("demo")
+        parts = load_pretrained("demo", dtype=torch.float32)
         tokenizer = parts.tokenizer or PixelTokenizer()
         name, model, plan = "demo", parts.model, parts.plan or SamplingPlan.official()
     else:
@@ -132,22 +131,20 @@ def _pipeline(model: FAR, tokenizer: Tokenizer, backend: str) -> tuple[FARPipeli
         model = prepare_native(model, torch.bfloat16)
     else:
         model = copy.deepcopy(model).to(torch.bfloat16)
-    if isinstance(tokenizer, KLVAE):
-        tokenizer = copy.deepcopy(tokenizer).to(torch.bfloat16)
-        tokenizer = tokenizer.to(memory_format=torch.channels_last)
-    pipe = FARPipeline(model, tokenizer)
+    # A tokenizer of its own, as one converted copy is kept of each.
+    pipe = FARPipeline(model, copy.deepcopy(tokenizer))
 
     def sample(plan: SamplingPlan) -> tuple[Tensor, Tensor]:
         latents: list[Tensor] = []
-        with torch.inference_mode(), use_backend(backend):
-            images = pipe(
-                class_labels=[LABEL],
-                generator=SEED,
-                plan=plan,
-                backend=backend,
-                output_type="pt",
-                callback_on_level_end=lambda _, __, latent: latents.append(latent),
-            ).images
+        images = pipe(
+            class_labels=[LABEL],
+            generator=SEED,
+            plan=plan,
+            backend=backend,
+            dtype=torch.bfloat16,
+            output_type="pt",
+            callback_on_level_end=lambda _, __, latent: latents.append(latent),
+        ).images
         assert isinstance(images, Tensor)
         return latents[-1], images
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 import peak
 import torch
-from cases import CASES, Arguments, Case
+from cases import CASES, Case, as_float
 from timing import (
     NOT_AVAILABLE,
     Variant,
@@ -24,50 +23,16 @@ from timing import (
     share,
     table,
 )
-from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from fastfar import FARConfig
 from fastfar.config import PRESETS
-from fastfar.ops import Op
-from fastfar.ops._head import pack_head
-from fastfar.packing import packed
 
 FACTOR = 2.0
 FLOOR = {torch.float32: 1e-6, torch.bfloat16: 1e-3}
 LENGTHS = (64, 128, 256, 320, 576)  # positions of the attention sweep
 HEADS = {64: 12, 80: 16}  # width of a head -> heads: FAR-B and FAR-H
 SHORT = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-
-
-def native_arguments(op: Op[..., Any], arguments: Arguments, dtype: torch.dtype) -> Arguments:
-    """Arguments as a model that is packed for the native back end passes them.
-
-    Matrices of weights are packed in `dtype` and all else is float32; an op without weights gets
-    its tensors in `dtype`.
-    """
-    args, kwargs = arguments
-    if op.name == "denoise_loop":
-        head, *rest = args
-        return (pack_head(head, dtype), *(_float(x, torch.float32) for x in rest)), kwargs
-    names = list(inspect.signature(op).parameters)[: len(args)]
-    weights = {
-        name
-        for name, x in zip(names, args, strict=True)
-        if name.endswith("weight") and isinstance(x, Tensor) and x.ndim == 2
-    }
-    others = torch.float32 if weights else dtype
-    return tuple(
-        packed(x, dtype) if name in weights else _float(x, others)
-        for name, x in zip(names, args, strict=True)
-    ), kwargs
-
-
-def _float(x: Any, dtype: torch.dtype) -> Any:
-    """Tensors of real numbers, also those inside a dictionary, in `dtype`."""
-    if isinstance(x, Mapping):
-        return {key: _float(value, dtype) for key, value in x.items()}
-    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def problems(options: argparse.Namespace) -> Iterator[tuple[Case, str, FARConfig]]:
@@ -96,12 +61,12 @@ def measure(case: Case, config: FARConfig, repeats: int) -> tuple[list[Variant],
     op = case.op
     inputs = case.inputs(config, 1, torch.float32)
     args, kwargs = inputs
-    doubles = tree_map(lambda x: _float(x, torch.float64), args)
+    doubles = tree_map(lambda x: as_float(x, torch.float64), args)
     with torch.inference_mode():
         truth = case.reference(*doubles, **kwargs)
     variants = []
     for dtype in (torch.bfloat16, torch.float32):
-        plain = tuple(_float(x, dtype) for x in args)
+        plain = tuple(as_float(x, dtype) for x in args)
         with torch.inference_mode():
             limit = FACTOR * relative(case.reference(*plain, **kwargs), truth) + FLOOR[dtype]
         for back_end in ("torch", "native"):
@@ -115,7 +80,7 @@ def measure(case: Case, config: FARConfig, repeats: int) -> tuple[list[Variant],
             try:
                 given = (plain, kwargs)
                 if back_end == "native":
-                    given = native_arguments(op, inputs, dtype)
+                    given = case.native_inputs(config, 1, dtype)
             except (RuntimeError, TypeError, ValueError, OSError) as error:
                 variant.give_up(error)
                 continue

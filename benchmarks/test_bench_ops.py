@@ -12,24 +12,38 @@ import pytest
 import torch
 from tolerances import assert_close_to_reference
 
+from benchmarks import peak
 from benchmarks.cases import CASES, PRESETS, STEPS
 from benchmarks.rows import environment, matmul_peak
-from fastfar import FARConfig
+from fastfar import FARConfig, _native
 
 pytest.importorskip("pytest_benchmark")
-peak = cache(matmul_peak)
 
 
-@pytest.mark.parametrize("which", ["reference", "torch"])
+@cache
+def peak_of(dtype: torch.dtype) -> tuple[str, float]:
+    """The yardstick's name and FLOP/s: PyTorch's own product where there is no native library."""
+    if peak.reason() is None:
+        return "registers", max(peak.peak_flops(dtype) for _ in range(5))
+    return "torch.matmul", matmul_peak(dtype)
+
+
+@pytest.mark.parametrize("which", ["reference", "torch", "native"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", CASES)
 def test_op(benchmark: Any, name: str, preset: str, dtype: torch.dtype, which: str) -> None:
     case, config, batch = CASES[name], FARConfig.preset(preset), 1
+    if which == "native":
+        if (missing := _native.reason()) is not None:
+            pytest.skip(f"native library: {missing}")
+        if "native" not in case.op.implementations:
+            pytest.skip(f"{name} has no native implementation")
     args, kwargs = case.inputs(config, batch, dtype)
-    if which == "torch":
+    function = case.reference if which == "reference" else case.op.implementations[which]
+    if which != "reference":
         assert_close_to_reference(
-            case.op,
+            function,
             case.reference,
             *args,
             dtype=dtype,
@@ -37,8 +51,9 @@ def test_op(benchmark: Any, name: str, preset: str, dtype: torch.dtype, which: s
             layers=4 * STEPS,
             **kwargs,
         )
-    function = case.op if which == "torch" else case.reference
-    count = case.executed_flops if which == "torch" else case.flops
+    count = case.flops if which == "reference" else case.executed_flops
+    if which == "native":  # as a packed model calls it
+        args, kwargs = case.native_inputs(config, batch, dtype)
     with torch.inference_mode():
         out = function(*args, **kwargs)
         benchmark.group = f"{name} {preset} {dtype}"
@@ -55,4 +70,5 @@ def test_op(benchmark: Any, name: str, preset: str, dtype: torch.dtype, which: s
         benchmark(function, *args, **kwargs)
     if benchmark.stats is not None:
         rate = count(config, batch) / benchmark.stats.stats.median
-        benchmark.extra_info["share_of_peak"] = rate / peak(dtype)
+        yardstick, flops = peak_of(dtype)
+        benchmark.extra_info.update(yardstick=yardstick, share_of_peak=rate / flops)

@@ -27,7 +27,7 @@ _SIZE = ctypes.c_int64
 _REAL = ctypes.c_float
 _POINTER = ctypes.c_void_p
 
-# Numbers in memory (FASTFAR_FLOAT32, FASTFAR_BFLOAT16).
+# Numbers in memory, numbered as in the header.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 # Functions that are no operations.
@@ -45,6 +45,17 @@ _SIGNATURES: dict[str, tuple[type, tuple[type, ...]]] = {
 # Operations: the fields of fastfar_<op>_args in order. After the colon: i int32, q int64, f float,
 # p pointer. A test holds this table to the header.
 _OPERATIONS: dict[str, str] = {
+    "adaln_mlp_block": (
+        "dtype:i x_dtype:i modulation_dtype:i threads:i rows:q width:q modulation_stride:q eps:f "
+        "x_NW:p shift_NW:p scale_NW:p gate_NW:p norm_weight:p norm_bias:p fc1:p fc1_bias:p fc2:p "
+        "fc2_bias:p h_NW:p u_NW:p out_NW:p scratch:p"
+    ),
+    "adaln_mlp_block_backward": (
+        "dtype:i x_dtype:i modulation_dtype:i threads:i rows:q width:q modulation_stride:q eps:f "
+        "x_NW:p shift_NW:p scale_NW:p gate_NW:p norm_weight:p norm_bias:p fc1_transposed:p "
+        "fc2_transposed:p h_NW:p u_NW:p dout_NW:p dx_NW:p dshift_NW:p dscale_NW:p dgate_NW:p "
+        "dnorm_weight:p dnorm_bias:p dfc1_weight:p dfc1_bias:p dfc2_weight:p dfc2_bias:p scratch:p"
+    ),
     "attention": (
         "dtype:i threads:i batch:q length:q heads:q width:q qkv_BS3HE:p key_mask_BS:p out_BSD:p "
         "scratch:p"
@@ -66,6 +77,14 @@ _OPERATIONS: dict[str, str] = {
         "dtype:i silu:i threads:i eps:f batch:q positions:q channels:q groups:q x_BSC:p weight_C:p "
         "bias_C:p y_BSC:p scratch:p"
     ),
+    "hybrid_loss": (
+        "dtype:i threads:i rows:q numbers:q num_timesteps:q output_N2P:p target_NP:p noise_NP:p "
+        "noised_NP:p timestep_N:p table_T6:p loss_N:p"
+    ),
+    "hybrid_loss_backward": (
+        "dtype:i threads:i rows:q numbers:q num_timesteps:q output_N2P:p target_NP:p noise_NP:p "
+        "noised_NP:p timestep_N:p table_T6:p dloss_N:p doutput_N2P:p"
+    ),
     "layernorm_attention_residual": (
         "dtype:i x_dtype:i threads:i batch:q length:q heads:q width:q eps:f x_BSD:p norm_weight:p "
         "norm_bias:p qkv:p qkv_bias:p proj:p proj_bias:p key_mask_BS:p out_BSD:p scratch:p"
@@ -78,6 +97,19 @@ _OPERATIONS: dict[str, str] = {
         "dtype:i x_dtype:i threads:i rows:q width:q hidden:q eps:f x_MD:p norm_weight:p "
         "norm_bias:p fc1:p fc1_bias:p fc2:p fc2_bias:p out_MD:p scratch:p"
     ),
+    "layernorm_mlp_residual_backward": (
+        "dtype:i x_dtype:i threads:i rows:q width:q hidden:q eps:f x_MD:p norm_weight:p "
+        "norm_bias:p fc1:p fc1_bias:p fc1_transposed:p fc2_transposed:p dout_MD:p dx_MD:p "
+        "dnorm_weight:p dnorm_bias:p dfc1_weight:p dfc1_bias:p dfc2_weight:p dfc2_bias:p scratch:p"
+    ),
+    "linear": (
+        "dtype:i x_dtype:i out_dtype:i threads:i rows:q n:q k:q x_stride:q x_MK:p weight:p bias:p "
+        "out_MN:p scratch:p"
+    ),
+    "linear_backward": (
+        "dtype:i x_dtype:i out_dtype:i threads:i rows:q n:q k:q x_stride:q x_MK:p "
+        "weight_transposed:p dout_MN:p dx_MK:p dweight:p dbias:p scratch:p"
+    ),
     "pack": "dtype:i source_dtype:i n:q k:q stride_n:q stride_k:q w:p packed:p threads:i",
     "peak": "dtype:i threads:i iterations:q numbers:q buffer:p results:p work:p",
     "selftest": (
@@ -89,6 +121,8 @@ _KINDS: dict[str, type] = {"i": _INT, "q": _SIZE, "f": _REAL, "p": _POINTER}
 
 # Operations that tell how much scratch they need, by fastfar_<op>_scratch.
 _WITH_SCRATCH = {
+    "adaln_mlp_block",
+    "adaln_mlp_block_backward",
     "attention",
     "denoise_loop",
     "filter_mask_patchify",
@@ -97,6 +131,9 @@ _WITH_SCRATCH = {
     "layernorm_attention_residual",
     "layernorm_linear",
     "layernorm_mlp_residual",
+    "layernorm_mlp_residual_backward",
+    "linear",
+    "linear_backward",
     "selftest",
 }
 
@@ -137,7 +174,7 @@ class NativeLibrary:
                 function = getattr(self._c, f"fastfar_{op}")
                 function.restype = _INT
                 function.argtypes = (ctypes.POINTER(structure),)
-                if op in _WITH_SCRATCH and hasattr(self._c, f"fastfar_{op}_scratch"):  # TEMPORARY
+                if op in _WITH_SCRATCH:
                     function = getattr(self._c, f"fastfar_{op}_scratch")
                     function.restype = _SIZE
                     function.argtypes = (ctypes.POINTER(structure),)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastfar._weights import Source, Weights, check_fit, fill, indices, open_weights, skeleton
+from fastfar.diagonal_gaussian import DiagonalGaussian
 from fastfar.ops import convolution_residual, groupnorm_silu, upsample_convolution
 
 _GROUPS = 32
@@ -74,34 +75,6 @@ class KLVAEConfig:
         return tuple(self.channels * mult for mult in self.channel_mults)
 
 
-@dataclass(frozen=True)
-class DiagonalGaussian:
-    """The encoder's answer: an independent normal distribution for every latent number.
-
-    mean and logvar are (B, C, h, w); logvar is clamped to [-30, 20].
-    """
-
-    mean: torch.Tensor
-    logvar: torch.Tensor
-
-    @property
-    def std(self) -> torch.Tensor:
-        """exp(logvar / 2), (B, C, h, w)."""
-        return torch.exp(0.5 * self.logvar)
-
-    def sample(self, generator: torch.Generator | None = None) -> torch.Tensor:
-        """mean + std * normal noise, (B, C, h, w); drawn on the generator's device."""
-        device = self.mean.device if generator is None else generator.device
-        noise = torch.randn(
-            self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype
-        )
-        return self.mean + self.std * noise.to(self.mean.device)
-
-    def mode(self) -> torch.Tensor:
-        """The most likely latent: the mean."""
-        return self.mean
-
-
 class _Norm(nn.GroupNorm):
     """GroupNorm, and SiLU unless told otherwise."""
 
@@ -116,6 +89,8 @@ class _Norm(nn.GroupNorm):
 
 class _Conv(nn.Conv2d):
     """Convolution that keeps the size of the image, plus the residual if there is one."""
+
+    bias: torch.Tensor
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 3) -> None:
         super().__init__(inputs, outputs, kernel, padding=kernel // 2)

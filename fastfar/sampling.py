@@ -128,11 +128,11 @@ def _sample(
             num_kept = config.num_tokens - num_masked
             mask_BL = torch.zeros(order_BL.shape, dtype=torch.bool, device=device)
             mask_BL.scatter_(1, order_BL[:, :num_masked], True)
-        if k == 0 and not num_kept:
+        if k == 0:
             guided = scale != 1.0
             z_MLD = _first_condition(model, class_CD, class_of_B, guided, mask_BL, token_dtype)
         else:
-            input_level = 0 if k == 0 else plan.input_levels[k]
+            input_level = plan.input_levels[k]
             tokens_BLP = filter_mask_patchify(
                 latent_BCHH,
                 class_of_B.new_full((batch,), -1 if input_level is None else input_level),
@@ -172,7 +172,7 @@ def _first_condition(
     mask_BL: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """z of outer step 0, where all tokens are zero or masked: a function of the class alone.
+    """z of outer step 0, where all tokens are zero, or all masked: a function of the class alone.
 
     So the transformer sees each class once, however many images of it there are, and "no class"
     once. Returns (B, L, D), or (2 B, L, D) with the unconditional half last.

@@ -14,7 +14,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from fastfar._weights import Weights
-from fastfar.kl_vae import KLVAE, DiagonalGaussian, KLVAEConfig, load_kl_vae
+from fastfar.diagonal_gaussian import DiagonalGaussian
+from fastfar.kl_vae import KLVAE, KLVAEConfig, load_kl_vae
 
 __all__ = [
     "KLVAE",

@@ -117,9 +117,11 @@ def test_it_gives_z_outside_sampling_too(prepared: PreparedFAR) -> None:
         (lambda model: model.half(), "another dtype or device"),
         (lambda model: model.to(torch.bfloat16), "another dtype or device"),
         (lambda model: model.to("meta"), "another dtype or device"),
-        (lambda model: prepare_native(model, torch.float32), "cannot be read back"),
+        (lambda model: prepare_native(model, torch.float32), "cannot be read back or saved"),
         (
-            lambda model: fastfar.diffusion_loss(model, torch.zeros(1, 6, 4, 4), [0]),
+            lambda model: fastfar.diffusion_loss(
+                model, torch.zeros(1, 6, 4, 4), torch.zeros(1, dtype=torch.int64)
+            ),
             "inside sampling only",
         ),
     ],
@@ -309,9 +311,10 @@ print(status("VmHWM") - before)
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("stored", DTYPES, ids=str)
 def test_peak_memory_of_loading_and_sampling(tmp_path: Path, stored: torch.dtype) -> None:
-    """At most 1.3 times the bfloat16 weights, mapped pages, scratch and activations included.
+    """At most 1.3 times the bfloat16 weights and 60 MB, with mapped pages, scratch and all.
 
-    Larger models have 300 MB besides; this one must do without.
+    An unpacked copy would add 1.0 or 2.0 times the weights. (The bound for FAR-H, with 15 times as
+    many weights, is 1.3 times them and 300 MB.)
     """
     config = FARConfig(width=512, encoder_depth=8, decoder_depth=8, num_heads=8, head_width=512)
     sizes: dict[str, int] = {}
@@ -332,5 +335,6 @@ def test_peak_memory_of_loading_and_sampling(tmp_path: Path, stored: torch.dtype
         check=False,
     )
     assert out.returncode == 0, out.stderr
-    ratio = int(out.stdout) / sizes["big"]
-    assert 0.9 < ratio < 1.3, f"peak is {ratio:.2f} times the weights"
+    peak, weights = int(out.stdout), sizes["big"]
+    assert weights > 110e6
+    assert 0.9 * weights < peak < 1.3 * weights + 60e6, f"{peak / 1e6:.0f} MB"

@@ -140,6 +140,22 @@ def test_guidance_one_skips_the_unconditional_half(tiny_model: FAR) -> None:
     assert torch.equal(run(tiny_model, [0, 4], unguided), ours)
 
 
+@pytest.mark.parametrize("plan", [PLAN, MASKED], ids=["nomask", "mask"])
+@pytest.mark.parametrize("guided", [False, True], ids=["ramp", "constant guidance"])
+def test_the_first_step_sees_each_class_once(
+    tiny_model: FAR, plan: SamplingPlan, guided: bool
+) -> None:
+    rows: list[int] = []
+    tiny_model.z_proj_ln.register_forward_hook(lambda m, args, out: rows.append(len(out)))
+    if guided:
+        plan = plan.with_changes(guidance_ramp=(1.0,) * len(plan))
+    labels = [4, 0, 4, 4, 2]
+    ours = run(tiny_model, labels, plan, dtype=torch.float64, backend="torch")
+    assert rows == [3 + guided] + [2 * len(labels)] * (len(plan) - 1)
+    truth = run(tiny_model, labels, plan, dtype=torch.float64, backend="reference")
+    assert relative(ours, truth) < 1e-9
+
+
 @pytest.mark.parametrize("backend_name", BACKENDS)
 def test_x0_range_is_respected_at_every_level(tiny_model: FAR, backend_name: str) -> None:
     seen: list[Tensor] = []

@@ -12,7 +12,8 @@ from formula import formula_tensor
 from safetensors.torch import load_file, save_file
 
 from fastfar._weights import skeleton
-from fastfar.kl_vae import KLVAE, DiagonalGaussian, KLVAEConfig
+from fastfar.diagonal_gaussian import DiagonalGaussian
+from fastfar.kl_vae import KLVAE, KLVAEConfig
 from fastfar.tokenizer import PixelTokenizer, Tokenizer, tokenizer_from_dict
 
 HERE = Path(__file__).parent

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from scipy import stats
+from tiny_run import tiny_data, tiny_recipe
 from tolerances import relative
 from torch import Tensor
 
 from fastfar import FAR, FARConfig, TrainingDraws, diffusion_loss, reference
+from fastfar._native import NativeLibrary
+from fastfar.ops import use_backend
 from fastfar.training.loss import level_weights, loss_per_image, mask_ratio, sample_draws
 
 BATCH = 3
@@ -269,3 +273,46 @@ def test_errors(tiny_model: FAR) -> None:
         diffusion_loss(tiny_model, latents, labels, draws, "cosine")
     with pytest.raises(ValueError, match="mask rule"):
         sample_draws(tiny_model.config, 2, mask_rule="random")
+
+
+# --- native ----------------------------------------------------------------------------------
+
+
+def gradients(
+    backend: str, function: Callable[..., Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Loss of a tiny model, and all its gradients as one vector."""
+    recipe, data = tiny_recipe(), tiny_data()
+    torch.manual_seed(0)
+    model = FAR(recipe.config).train()
+    with torch.no_grad():
+        for parameter in model.parameters():  # zero gates would hide most of the head
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    images, labels = data.take(torch.arange(8))
+    draws = sample_draws(recipe.config, 8, batch_multiplier=2, generator=generator())
+    with use_backend(backend), torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+        loss = function(model, images, labels, draws, None)
+    loss.backward()
+    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    return loss.detach(), torch.cat([x.flatten() for x in found])
+
+
+def test_native_training_step(isa: str) -> None:
+    exact = gradients("torch", diffusion_loss, torch.float32)
+    half = gradients("torch", diffusion_loss, torch.bfloat16)
+    for dtype, limits in (
+        (torch.float32, (1e-5, 1e-4)),
+        (torch.bfloat16, [2 * relative(a, b) + 2e-3 for a, b in zip(half, exact, strict=True)]),
+    ):
+        ours = gradients("native", diffusion_loss, dtype)
+        for one, other, limit in zip(ours, exact, limits, strict=True):
+            assert relative(one, other) < limit, (isa, dtype)
+
+
+def test_native_training_step_compiled(library: NativeLibrary) -> None:
+    """Traced with fake tensors and differentiated by the compiler's own graph."""
+    torch.compiler.reset()
+    compiled = torch.compile(diffusion_loss, backend="aot_eager")
+    expected = gradients("native", diffusion_loss, torch.float32)
+    for one, other in zip(gradients("native", compiled, torch.float32), expected, strict=True):
+        assert relative(one, other) < 1e-5

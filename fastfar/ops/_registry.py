@@ -12,10 +12,13 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Generic, ParamSpec, TypeVar
 
+import torch
+
 Params = ParamSpec("Params")
 Result = TypeVar("Result")
 
 _active: ContextVar[str] = ContextVar("fastfar_backend", default="torch")
+_traced = "torch"  # what compiled code sees: a plain global, which it is guarded by
 
 
 class Op(Generic[Params, Result]):
@@ -32,7 +35,8 @@ class Op(Generic[Params, Result]):
 
     def __call__(self, *args: Params.args, **kwargs: Params.kwargs) -> Result:
         table = self.implementations
-        chosen = table.get(_active.get(), table["torch"])
+        name = _traced if torch.compiler.is_compiling() else _active.get()
+        chosen = table.get(name, table["torch"])
         result: Result = chosen(*args, **kwargs)
         return result
 
@@ -44,9 +48,16 @@ def op(function: Callable[Params, Result]) -> Op[Params, Result]:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run the ops called inside on back end `name` (in this thread or task only)."""
-    token = _active.set(name)
+    """Run the ops called inside on back end `name` (in this thread or task only).
+
+    Code that torch.compile traces takes the back end that was set last in any thread, and is
+    compiled again when it changes.
+    """
+    global _traced
+    token, before = _active.set(name), _traced
+    _traced = name
     try:
         yield
     finally:
         _active.reset(token)
+        _traced = before

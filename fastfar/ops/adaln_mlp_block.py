@@ -74,6 +74,7 @@ def _block(
     fc1_bias: Tensor,
     fc2_weight: Tensor,
     fc2_bias: Tensor,
+    *,
     eps: float,
     dtype: torch.dtype,
     keep: bool,
@@ -130,7 +131,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _block(
         x_NW, shift_NW, scale_NW, gate_NW, norm_weight, norm_bias,
-        fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps, dtype, True,
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps=eps, dtype=dtype, keep=True,
     )  # fmt: skip
 
 
@@ -274,7 +275,7 @@ def _native_implementation(
     tensors = (x_NW, *modulations, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight,
                fc2_bias)  # fmt: skip
     if _training.is_packed(fc1_weight, fc2_weight) or not _training.wants_graph(*tensors):
-        return _block(*tensors, eps, dtype, False)[0]
+        return _block(*tensors, eps=eps, dtype=dtype, keep=False)[0]
     # Weights as float32, so that their gradients are, too; autograd rounds those back.
     fc1_weight, fc2_weight = fc1_weight.float(), fc2_weight.float()
     tensors = (*tensors[:6], fc1_weight, fc1_bias, fc2_weight, fc2_bias)

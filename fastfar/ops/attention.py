@@ -56,7 +56,8 @@ def _native_implementation(
     qkv_BS3HE: Tensor, key_mask_BS: Tensor | None = None, *, dropout: float = 0.0
 ) -> Tensor:
     if _launch.needs_pytorch({"qkv_BS3HE": qkv_BS3HE}, dropout):
-        return attention.implementations["torch"](qkv_BS3HE, key_mask_BS, dropout=dropout)
+        result: Tensor = attention.implementations["torch"](qkv_BS3HE, key_mask_BS, dropout=dropout)
+        return result
     _launch.check("attention", {"qkv_BS3HE": qkv_BS3HE})
     if qkv_BS3HE.dim() != 5 or qkv_BS3HE.shape[2] != 3:
         raise ValueError(f"qkv is (B, S, 3, heads, E), got {tuple(qkv_BS3HE.shape)}")

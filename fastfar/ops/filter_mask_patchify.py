@@ -72,8 +72,7 @@ def _run(
 ) -> Tensor:
     """Run the native operation `name` from x to out, one of which is (B, C, H, H)."""
     check_levels(level_B, num_levels)
-    latent, tokens = (x, out) if x.ndim == 4 else (out, x)
-    batch, channels, size, _ = latent.shape
+    batch, channels, size, _ = (x if x.ndim == 4 else out).shape
     matrices, transposed = _tables(size, num_levels, kind)
     x, level_B = x.contiguous(), level_B.to(torch.int64).contiguous()
     mask = None if mask_BL is None else mask_BL.bool().contiguous()
@@ -92,11 +91,12 @@ def _run(
         "level_B": level_B,
         "mask_BL": mask,
     }
-    fields |= {"latent_BCHW": x, "tokens_BLP": out} if x.ndim == 4 else {
-        "tokens_BLP": x,
-        "latent_BCHW": out,
-    }
-    scratch = torch.empty(threads * library.scratch(name, **fields, scratch=None), dtype=torch.uint8)
+    if x.ndim == 4:
+        fields |= {"latent_BCHW": x, "tokens_BLP": out}
+    else:
+        fields |= {"tokens_BLP": x, "latent_BCHW": out}
+    scratch_bytes = threads * library.scratch(name, **fields, scratch=None)
+    scratch = torch.empty(scratch_bytes, dtype=torch.uint8)
     if out.numel():
         library.call(name, **fields, scratch=scratch)
     return out
@@ -183,7 +183,8 @@ def _native_implementation(
         )
     if latent_BCHW.shape[2] != size or size % patch_size:
         raise ValueError(
-            f"a latent of {tuple(latent_BCHW.shape[2:])} does not split into patches of {patch_size}"
+            f"a latent of {latent_BCHW.shape[2]} x {size} does not split into square patches of "
+            f"{patch_size}"
         )
     if mask_BL is not None and mask_BL.shape != (batch, (size // patch_size) ** 2):
         raise ValueError(

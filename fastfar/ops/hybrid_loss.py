@@ -14,6 +14,8 @@ from fastfar.diffusion import diffusion_tables
 from fastfar.ops import _training
 from fastfar.ops._registry import op
 
+_COLUMNS = ("recip", "recip_m1", "mean_x0", "mean_xt", "log_beta", "log_posterior")
+
 
 def _normal_cdf(x: Tensor) -> Tensor:
     """The tanh approximation that improved DDPM uses."""
@@ -30,6 +32,14 @@ def _decoder_log_likelihood(target: Tensor, mean: Tensor, log_scale: Tensor) -> 
     below = torch.log(upper.clamp(min=1e-12))
     above = torch.log((1.0 - lower).clamp(min=1e-12))
     return torch.where(target < -0.999, below, torch.where(target > 0.999, above, inner))
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _coefficients(timestep_N: Tensor, num_timesteps: int, like: Tensor) -> list[Tensor]:
+    """Columns (N, 1) of `_COLUMNS` at each row's timestep. torch.compile cannot trace the cache."""
+    tables = diffusion_tables(num_timesteps, num_timesteps)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return [getattr(tables, name).to(like.device, dtype)[timestep_N, None] for name in _COLUMNS]
 
 
 @op
@@ -65,18 +75,13 @@ def hybrid_loss(
     """
     dtype = torch.promote_types(target_NP.dtype, torch.float32)
     eps_NP, v_NP = output_N2P.to(dtype).chunk(2, dim=-1)
-    tables = diffusion_tables(num_timesteps, num_timesteps)
-
-    def at_t(values: Tensor) -> Tensor:
-        return values.to(target_NP.device, dtype)[timestep_N, None]
-
+    coefficients = _coefficients(timestep_N, num_timesteps, target_NP)
+    recip, recip_m1, mean_x0, mean_xt, log_beta, log_posterior = coefficients
     squared_N = (eps_NP - noise_NP).square().mean(dim=-1)
 
     fraction = (v_NP + 1.0) / 2.0
-    log_posterior = at_t(tables.log_posterior)
-    log_variance = fraction * at_t(tables.log_beta) + (1.0 - fraction) * log_posterior
-    mean_x0, mean_xt = at_t(tables.mean_x0), at_t(tables.mean_xt)
-    predicted_x0 = at_t(tables.recip) * noised_NP - at_t(tables.recip_m1) * eps_NP.detach()
+    log_variance = fraction * log_beta + (1.0 - fraction) * log_posterior
+    predicted_x0 = recip * noised_NP - recip_m1 * eps_NP.detach()
     mean = mean_x0 * predicted_x0 + mean_xt * noised_NP
     true_mean = mean_x0 * target_NP + mean_xt * noised_NP
     divergence = 0.5 * (
@@ -98,8 +103,7 @@ def hybrid_loss(
 def _table(num_timesteps: int) -> Tensor:
     """(T, 6) float32, the coefficients of every timestep in the kernel's order."""
     t = diffusion_tables(num_timesteps, num_timesteps)
-    columns = (t.recip, t.recip_m1, t.mean_x0, t.mean_xt, t.log_beta, t.log_posterior)
-    return torch.stack(columns, dim=1).float().contiguous()
+    return torch.stack([getattr(t, name) for name in _COLUMNS], dim=1).float().contiguous()
 
 
 def _fields(
@@ -197,9 +201,10 @@ def _native_implementation(
     tensors = [output_N2P, *constant.values()]
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in constant.values())
     if wanted or any(x.dtype not in _native.DTYPES for x in tensors):
-        return hybrid_loss.implementations["torch"](
+        plain: Tensor = hybrid_loss.implementations["torch"](
             *tensors, timestep_N, num_timesteps=num_timesteps
         )
+        return plain
     _training.floats(name, output=output_N2P, **constant)
     if target_NP.dim() != 2:
         raise ValueError(f"native {name}: target is {tuple(target_NP.shape)}, expected (N, P)")

@@ -81,9 +81,10 @@ def _native_implementation(
         "proj_bias": proj_bias,
     }
     if _launch.needs_pytorch(tensors, dropout):
-        return layernorm_attention_residual.implementations["torch"](
+        result: Tensor = layernorm_attention_residual.implementations["torch"](
             *tensors.values(), key_mask_BS, num_heads=num_heads, eps=eps, dropout=dropout
         )
+        return result
     _launch.check(name, tensors)
     if x_BSD.dim() != 3 or num_heads < 1 or x_BSD.shape[-1] % num_heads != 0:
         raise ValueError(f"{num_heads} heads do not share {tuple(x_BSD.shape)} of (B, S, D) evenly")

@@ -62,7 +62,8 @@ def _native_implementation(
         "bias": bias,
     }
     if _launch.needs_pytorch(tensors):
-        return layernorm_linear.implementations["torch"](*tensors.values(), eps=eps)
+        result: Tensor = layernorm_linear.implementations["torch"](*tensors.values(), eps=eps)
+        return result
     _launch.check(name, tensors)
     k, n = x_BSD.shape[-1], len(bias)
     _launch.check_matrix(name, "weight", weight, n, k)

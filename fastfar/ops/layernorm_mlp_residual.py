@@ -74,11 +74,14 @@ def _native_implementation(
     }
     graph = dropout == 0 and _training.wants_graph(*tensors.values())
     if graph and not _training.is_packed(fc1_weight, fc2_weight):
-        return _mlp_training.layernorm_mlp_residual(*tensors.values(), eps)
+        return _mlp_training.layernorm_mlp_residual(
+            x_BSD, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps
+        )
     if _launch.needs_pytorch(tensors, dropout):
-        return layernorm_mlp_residual.implementations["torch"](
+        result: Tensor = layernorm_mlp_residual.implementations["torch"](
             *tensors.values(), eps=eps, dropout=dropout
         )
+        return result
     _launch.check(name, tensors)
     width, hidden = x_BSD.shape[-1], len(fc1_bias)
     _launch.check_matrix(name, "fc1_weight", fc1_weight, hidden, width)

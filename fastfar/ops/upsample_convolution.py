@@ -22,7 +22,8 @@ def upsample_convolution(x_BCHW: Tensor, weight: Tensor, bias: Tensor) -> Tensor
     Returns:
         (B, N, 2 H, 2 W).
     """
-    return F.conv2d(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
+    large_BCHW = F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest")
+    return F.conv2d(large_BCHW, weight, bias, padding=1)
 
 
 # --- native ----------------------------------------------------------------------------------
@@ -34,8 +35,8 @@ def upsample_convolution(x_BCHW: Tensor, weight: Tensor, bias: Tensor) -> Tensor
 # column of zeros around it: the neighbourhood that starts at row i of that serves the result's rows
 # 2 i - 1 and 2 i.
 
-# (row of the pair, tap of the 2, tap of the 3)
-_SUMS = ((((1.0, 1.0, 0.0), (0.0, 0.0, 1.0)), ((1.0, 0.0, 0.0), (0.0, 1.0, 1.0))))
+# (odd rows or even rows of the result, tap of the 2, tap of the 3)
+_SUMS = (((1.0, 1.0, 0.0), (0.0, 0.0, 1.0)), ((1.0, 0.0, 0.0), (0.0, 1.0, 1.0)))
 
 
 def pack_upsample(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -55,7 +56,7 @@ def _native_implementation(x_BCHW: Tensor, weight: Tensor, bias: Tensor) -> Tens
     batch, _, height, width = x_BCHW.shape
     outputs = len(bias)
     sums = convolve(x_BCHW, weight, bias.repeat(4), padding=1)  # (B, 4 N, H + 1, W + 1)
-    sums = sums.permute(0, 2, 3, 1).unflatten(-1, (2, 2, outputs))
+    sums = sums.permute(0, 2, 3, 1).reshape(batch, height + 1, width + 1, 2, 2, outputs)
     pixels = torch.empty(batch, height, 2, width, 2, outputs, dtype=x_BCHW.dtype)
     for row in (0, 1):
         for column in (0, 1):

@@ -20,8 +20,7 @@ def groupnorm_silu(
 
     x_BCHW: float. weight, bias: (C,). Returns the shape and dtype of x.
     """
-    batch, channels, height, width = x_BCHW.shape
-    x_BGN = x_BCHW.reshape(batch, groups, -1)
+    x_BGN = x_BCHW.reshape(len(x_BCHW), groups, -1)
     centred_BGN = x_BGN - x_BGN.mean(dim=-1, keepdim=True)
     variance_BG1 = centred_BGN.square().mean(dim=-1, keepdim=True)
     normal_BCHW = (centred_BGN / torch.sqrt(variance_BG1 + eps)).reshape(x_BCHW.shape)

@@ -25,7 +25,7 @@ from fastfar.data import ImageDataset
 from fastfar.diffusion import add_noise
 from fastfar.levels import patchify
 from fastfar.model import FAR
-from fastfar.ops import filter_mask_patchify
+from fastfar.ops import filter_mask_patchify, use_backend
 from fastfar.tokenizer import PixelTokenizer
 from fastfar.training.ema import EMA
 from fastfar.training.loss import diffusion_loss, sample_draws
@@ -99,9 +99,12 @@ class Trainer:
         if self.state_path.exists():
             self._load()
         trim_log(folder, self.step)
+        self.backend = backend.resolve(recipe.backend)
+        if recipe.backend == "auto" and self.backend not in ("native", "torch"):
+            self.backend = "torch"  # FASTFAR_BACKEND names one that only samples
         self.dtype = torch.float32 if recipe.dtype == "float32" else torch.bfloat16
         if recipe.dtype == "auto":
-            self.dtype = backend.best_dtype("torch", torch.device("cpu"))
+            self.dtype = backend.best_dtype(self.backend, torch.device("cpu"))
         self.loss = torch.compile(diffusion_loss) if recipe.compile else diffusion_loss
 
     @property
@@ -140,7 +143,8 @@ class Trainer:
         # the step to what runs after. The offset keeps it apart from the draws above.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(2**40 + recipe.seed * 104_729 + self.step)
-            with torch.autocast("cpu", self.dtype, enabled=self.dtype is not torch.float32):
+            autocast = torch.autocast("cpu", self.dtype, enabled=self.dtype is not torch.float32)
+            with autocast, use_backend(self.backend):
                 latents = self.tokenizer.to_latents(images)
                 loss = self.loss(self.model, latents, labels, draws, recipe.level_weight)
             torch.autograd.backward(loss)

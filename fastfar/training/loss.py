@@ -139,11 +139,14 @@ def _check(config: FARConfig, latents: Tensor, class_labels: Tensor, draws: Trai
     check_levels(draws.level, config.num_levels)
 
 
-def loss_per_image(
-    model: FAR, latents: Tensor, class_labels: Tensor, draws: TrainingDraws
-) -> Tensor:
-    """(B,) mean of the hybrid loss over all tokens of each image, masked or not, and all draws."""
-    config = model.config
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _prepare(
+    config: FARConfig, latents: Tensor, class_labels: Tensor, draws: TrainingDraws
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What does not depend on the model: levels, mask, tokens, timesteps, noise, targets, x_t.
+
+    Checks read values and tables are cached, neither of which torch.compile can trace.
+    """
     _check(config, latents, class_labels, draws)
     batch, device = len(latents), latents.device
     level_B = draws.level.to(device).expand(batch)
@@ -156,14 +159,27 @@ def loss_per_image(
         num_levels=config.num_levels,
         kind=config.filter,
     )
-    dropped_B = None if draws.dropped is None else draws.dropped.to(device)
-    class_BD = model.class_embedding(class_labels, dropped_B)
-    z_BLD = model(tokens_BLP, class_BD, mask_BL)
-
     timestep_N, noise_NP = draws.timestep.to(device), draws.noise.to(latents)
     multiplier = len(timestep_N) // (batch * config.num_tokens)
     target_NP = patchify(latents, config.patch_size).flatten(0, 1).repeat(multiplier, 1)
     noised_NP = add_noise(target_NP, noise_NP, timestep_N, config.num_timesteps)
+    return level_B, mask_BL, tokens_BLP, timestep_N, noise_NP, target_NP, noised_NP
+
+
+def loss_per_image(
+    model: FAR, latents: Tensor, class_labels: Tensor, draws: TrainingDraws
+) -> Tensor:
+    """(B,) mean of the hybrid loss over all tokens of each image, masked or not, and all draws."""
+    config = model.config
+    level_B, mask_BL, tokens_BLP, timestep_N, noise_NP, target_NP, noised_NP = _prepare(
+        config, latents, class_labels, draws
+    )
+    batch = len(latents)
+    dropped_B = None if draws.dropped is None else draws.dropped.to(latents.device)
+    class_BD = model.class_embedding(class_labels, dropped_B)
+    z_BLD = model(tokens_BLP, class_BD, mask_BL)
+
+    multiplier = len(timestep_N) // (batch * config.num_tokens)
     z_ND = z_BLD.flatten(0, 1).repeat(multiplier, 1)
     level_N = level_B.repeat_interleave(config.num_tokens).repeat(multiplier)
     output_N2P = model.head(noised_NP, timestep_N, z_ND, level_N)

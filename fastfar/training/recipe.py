@@ -32,6 +32,8 @@ class Recipe:
             `diffusion_loss`.
         ema_decay: with warm-up min(decay, (1 + n) / (10 + n)).
         dtype: "auto" (bfloat16 autocast where the machine has it), "bfloat16" or "float32".
+        backend: "native" (the kernels' forward and backward), "torch", or "auto": what
+            FASTFAR_BACKEND says, or else native where the library is. It may change within a run.
         seed: with the step number it decides every draw, so a resumed run repeats nothing.
 
     Raises:
@@ -57,6 +59,7 @@ class Recipe:
     label_dropout: float = 0.1
     ema_decay: float = 0.9999
     dtype: str = "auto"
+    backend: str = "auto"
     compile: bool = False
     seed: int = 0
 
@@ -76,6 +79,7 @@ class Recipe:
             "mask_rule": (*MASK_RULES, None),
             "level_weight": (*LEVEL_WEIGHTS, None),
             "dtype": ("auto", "bfloat16", "float32"),
+            "backend": ("auto", "native", "torch"),
             "level_per_image": (True, False),
             "compile": (True, False),
         }

@@ -20,10 +20,9 @@ void run(const fastfar_attention_args& args) {
     Arena arena{static_cast<char*>(args.scratch) + worker * bytes};
     const AttentionScratch<M> scratch(plan, arena);
     attend(plan, static_cast<const T*>(args.qkv_BS3HE), args.key_mask_BS, task, scratch,
-           [&](int64_t row, int64_t column, const float* values, float factor) {
+           [&](int64_t row, int64_t column, int64_t count, const float* values, float factor) {
              T* out = static_cast<T*>(args.out_BSD) + row * columns + column;
-             const int64_t count = args.width - column % args.width;
-             for (int64_t i = 0; i < smaller(kBlock, count); i += kLanes) {
+             for (int64_t i = 0; i < count; i += kLanes) {
                store_part(out + i, load(values + i) * set(factor), count - i);
              }
            });

@@ -171,9 +171,9 @@ inline void softmax_rows(const Scores& scores, const int64_t (&row)[2], A* weigh
   for (int r = 0; r < 2; ++r) inverse_sums[row[r]] = none[r] ? 0.0F : 1.0F / sum(sums[r]);
 }
 
-// Calls write(row, column, values, factor) for row b * length + s and every 32 numbers of the head:
-// those at `column` = head * width + 0, 32, ... of the output are factor * values[0..31] (as far as
-// the head reaches). A TileScope must be alive.
+// Calls write(row, column, count, values, factor): numbers `column`, ..., `column` + `count` - 1
+// (count <= 32) of row b * length + s of the output are factor * values[0], .... A TileScope must
+// be alive.
 template <class M, class T, class Write>
 inline void attend(const AttentionPlan& plan, const T* qkv_BS3HE, const uint8_t* mask_BS,
                    int64_t task, const AttentionScratch<M>& scratch, const Write& write) {
@@ -226,7 +226,8 @@ inline void attend(const AttentionPlan& plan, const T* qkv_BS3HE, const uint8_t*
     const Segment<M> mix = {scratch.weights, scratch.values, key_depth, key_depth * kTileSize,
                             key_depth * kPanelStep};
     const auto hand_over = [&](int64_t row, int64_t column, const float* c) {
-      write(image * length + first + row, head * width + column, c, scratch.inverse_sums[row]);
+      write(image * length + first + row, head * width + column, smaller(kBlock, width - column), c,
+            scratch.inverse_sums[row]);
     };
     EachRow<decltype(hand_over)> epilogue{hand_over, 0, rows};
     multiply(&mix, 1, blocks, 0, depth, epilogue);

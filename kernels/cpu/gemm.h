@@ -51,8 +51,10 @@ inline int64_t panel_size(int64_t k) { return depth_of(k) * kPanelStep; }
 // Where (row, column) of an A operand lies; the numbers up to the next multiple of 32 follow it.
 template <class A>
 inline A* at(A* a, int64_t depth, int64_t row, int64_t column) {
-  return a + ((row / kTile) * depth + column / kDepth) * kTileSize + (row % kTile) * kDepth +
-         column % kDepth;
+  // Unsigned: divisions by powers of two that are single shifts.
+  const auto r = static_cast<uint64_t>(row), c = static_cast<uint64_t>(column);
+  const auto tile = static_cast<int64_t>(r / kTile) * depth + static_cast<int64_t>(c / kDepth);
+  return a + tile * kTileSize + static_cast<int64_t>(r % kTile * kDepth + c % kDepth);
 }
 
 // Calls f(task, worker) for every task, on several threads.
@@ -306,8 +308,7 @@ inline void block_product(const Segment<M>* segments, int count, int64_t block, 
       V sums[kHeldRows][2];
       for (int64_t r = 0; r < kHeldRows; ++r) {
         for (int64_t v = 0; v < 2; ++v) {
-          const int64_t place = (row + r) * kBlock + column + v * kLanes;
-          sums[r][v] = start == nullptr ? set(0.0F) : load(start + place);
+          sums[r][v] = set(0.0F);
         }
       }
       for (int i = 0; i < count; ++i) {
@@ -320,7 +321,9 @@ inline void block_product(const Segment<M>* segments, int count, int64_t block, 
       }
       for (int64_t r = 0; r < kHeldRows; ++r) {
         for (int64_t v = 0; v < 2; ++v) {
-          store(c + (row + r) * kBlock + column + v * kLanes, sums[r][v]);
+          const int64_t place = (row + r) * kBlock + column + v * kLanes;
+          // Added last: a sum of sums over pieces of K is more exact than one chain over K.
+          store(c + place, start == nullptr ? sums[r][v] : load(start + place) + sums[r][v]);
         }
       }
     }

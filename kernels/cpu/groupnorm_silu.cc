@@ -86,16 +86,16 @@ void chunk_moments(const T* x, int64_t rows, int64_t channels, int64_t groups, f
   const int64_t width = channels / groups;
   sum_channels<false>(x, channels, rows, mean, sums);
   for (int64_t g = 0; g < groups; ++g) {
-    float total = 0.0F;
-    for (int64_t c = g * width; c < (g + 1) * width; ++c) total += sums[c];
-    moments_G2[2 * g] = total / static_cast<float>(rows * width);
+    double total = 0.0;
+    for (int64_t c = g * width; c < (g + 1) * width; ++c) total += static_cast<double>(sums[c]);
+    moments_G2[2 * g] = static_cast<float>(total / static_cast<double>(rows * width));
     for (int64_t c = g * width; c < (g + 1) * width; ++c) mean[c] = moments_G2[2 * g];
   }
   sum_channels<true>(x, channels, rows, mean, sums);
   for (int64_t g = 0; g < groups; ++g) {
-    float total = 0.0F;
-    for (int64_t c = g * width; c < (g + 1) * width; ++c) total += sums[c];
-    moments_G2[2 * g + 1] = total;
+    double total = 0.0;
+    for (int64_t c = g * width; c < (g + 1) * width; ++c) total += static_cast<double>(sums[c]);
+    moments_G2[2 * g + 1] = static_cast<float>(total);
   }
 }
 

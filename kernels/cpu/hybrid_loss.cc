@@ -6,8 +6,8 @@
 // with l = f log_beta + (1 - f) p, f = (v + 1) / 2, p the posterior's log variance and d the
 // distance of the means. In the bound eps is a constant: its derivative is that of v alone.
 //
-// The normal distribution function is (1 + tanh(g(z))) / 2 = 1 / (1 + e^(-2 g(z))). It is odd around
-// z = 0, so differences are taken in the lower tail, where no digits are lost.
+// The normal distribution function is (1 + tanh(g(z))) / 2 = 1 / (1 + e^(-2 g(z))). It is odd
+// around z = 0, so differences are taken in the lower tail, where no digits are lost.
 #include "gemm.h"
 #include "ops.h"
 #include "rows.h"
@@ -50,8 +50,8 @@ void first_step(V target, V mean, V log_variance, V& bound, V& slope) {
   const Mass upper = normal_cdf(zu), lower = normal_cdf(zl);
   const V zero = set(0.0F);
   const Mass not_upper = normal_cdf(zero - zu), not_lower = normal_cdf(zero - zl);
-  const V inside = select_less(zero, centred, not_lower.value - not_upper.value,
-                               upper.value - lower.value);
+  const V inside =
+      select_less(zero, centred, not_lower.value - not_upper.value, upper.value - lower.value);
   // d z / d l = -z / 2.
   const V du = upper.slope * zu * set(-0.5F), dl = lower.slope * zl * set(-0.5F);
   const V inner = safe_log(inside), inner_slope = (du - dl) * safe_inverse(inside);

@@ -62,14 +62,15 @@ void run(const Args& args) {
     Arena arena{scratch.attention + worker * bytes};
     const AttentionScratch<M> own(plan, arena);
     attend(plan, scratch.qkv_BS3HE, args.key_mask_BS, task, own,
-           [&](int64_t row, int64_t column, const float* values, float factor) {
+           [&](int64_t row, int64_t column, int64_t end, const float* values, float factor) {
              // A head may start anywhere in a k tile; those of other heads write beside it. What
              // lies behind the last number of a row is still zero from the normalised rows.
-             const int64_t end = smaller(kBlock, plan.width - column % plan.width);
+             A* line = at(scratch.operand, depth, row, 0);
              for (int64_t i = 0; i < end;) {
-               const int64_t left = kDepth - (column + i) % kDepth;
-               const int64_t count = smaller(kLanes, smaller(left, end - i));
-               store_part(at(scratch.operand, depth, row, column + i),
+               const auto place = static_cast<uint64_t>(column + i);
+               const int64_t inside = static_cast<int64_t>(place % kDepth);
+               const int64_t count = smaller(kLanes, smaller(kDepth - inside, end - i));
+               store_part(line + static_cast<int64_t>(place / kDepth) * kTileSize + inside,
                           load_part(values + i, count) * set(factor), count);
                i += count;
              }
@@ -78,11 +79,7 @@ void run(const Args& args) {
 
   linear<M>(args.threads, scratch.proj_plan, scratch.operand, args.proj, scratch.partial,
             [&](int64_t row, int64_t column, const float* c) {
-              for (int64_t i = 0; i < kBlock && column + i < width; i += kLanes) {
-                const int64_t count = width - column - i, place = row * width + column + i;
-                const V bias = load_part(args.proj_bias + column + i, count);
-                out_MD.put(place, x_MD.get(place, count) + (load(c + i) + bias), count);
-              }
+              add_residual(x_MD, out_MD, args.proj_bias, row, column, width, c);
             });
 }
 

@@ -44,11 +44,7 @@ void run(const fastfar_layernorm_mlp_residual_args& args) {
             });
   linear<M>(args.threads, scratch.plan2, scratch.hidden, args.fc2, scratch.partial,
             [&](int64_t row, int64_t column, const float* c) {
-              for (int64_t i = 0; i < kBlock && column + i < width; i += kLanes) {
-                const int64_t count = width - column - i, place = row * width + column + i;
-                const V bias = load_part(args.fc2_bias + column + i, count);
-                out_MD.put(place, x_MD.get(place, count) + (load(c + i) + bias), count);
-              }
+              add_residual(x_MD, out_MD, args.fc2_bias, row, column, width, c);
             });
 }
 

@@ -51,10 +51,10 @@ int64_t layernorm_mlp_residual_backward_scratch(
 int32_t layernorm_mlp_residual_backward(const fastfar_layernorm_mlp_residual_backward_args& args) {
   if (!valid(args) || args.x_MD == nullptr || args.norm_weight == nullptr ||
       args.norm_bias == nullptr || args.fc1 == nullptr || args.fc1_bias == nullptr ||
-      args.fc1_transposed == nullptr || args.fc2_transposed == nullptr ||
-      args.dout_MD == nullptr || args.dx_MD == nullptr || args.dnorm_weight == nullptr ||
-      args.dnorm_bias == nullptr || args.dfc1_weight == nullptr || args.dfc1_bias == nullptr ||
-      args.dfc2_weight == nullptr || args.dfc2_bias == nullptr || args.scratch == nullptr) {
+      args.fc1_transposed == nullptr || args.fc2_transposed == nullptr || args.dout_MD == nullptr ||
+      args.dx_MD == nullptr || args.dnorm_weight == nullptr || args.dnorm_bias == nullptr ||
+      args.dfc1_weight == nullptr || args.dfc1_bias == nullptr || args.dfc2_weight == nullptr ||
+      args.dfc2_bias == nullptr || args.scratch == nullptr) {
     return FASTFAR_ERROR_ARGUMENT;
   }
   const MlpGradient g = described(args);

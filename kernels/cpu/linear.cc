@@ -163,8 +163,8 @@ int64_t linear_backward_scratch(const fastfar_linear_backward_args& args) {
 }
 
 int32_t linear_backward(const fastfar_linear_backward_args& args) {
-  if (!valid(args) || args.x_MK == nullptr || args.dout_MN == nullptr ||
-      args.dweight == nullptr || args.dbias == nullptr || args.scratch == nullptr ||
+  if (!valid(args) || args.x_MK == nullptr || args.dout_MN == nullptr || args.dweight == nullptr ||
+      args.dbias == nullptr || args.scratch == nullptr ||
       (args.dx_MK != nullptr && args.weight_transposed == nullptr)) {
     return FASTFAR_ERROR_ARGUMENT;
   }

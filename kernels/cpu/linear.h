@@ -12,8 +12,9 @@ namespace {
 
 constexpr int64_t kPieceBytes = 80 << 10;  // of a panel: longer ones fall out of L1 too early
 constexpr int64_t kChunkBytes = 1 << 20;   // of an A operand: half of a core's L2
-constexpr int64_t kPartialBlocks = 96;     // of C between the pieces of K: 384 KB
+constexpr int64_t kPartialBlocks = 400;    // of C between the pieces of K: 1.6 MB
 constexpr int64_t kTasksPerThread = 4;     // so that threads of different speed end together
+constexpr int64_t kPiecedTasks = 2;        // where K is in pieces: each task reads all of A anew
 
 // Hands out parts of one block of memory, each at a multiple of 64 bytes. Started at nullptr, it
 // only counts.
@@ -48,7 +49,8 @@ struct LinearPlan {
     chunk = ceil_div(blocks, ceil_div(blocks, most));
     chunks = ceil_div(blocks, chunk);
     group = panels;
-    if (threads > 1) group = ceil_div(panels, ceil_div(kTasksPerThread * threads, chunks));
+    const int64_t tasks = threads * (pieces > 1 ? kPiecedTasks : kTasksPerThread);
+    if (threads > 1) group = ceil_div(panels, ceil_div(tasks, chunks));
     if (pieces > 1) group = smaller(group, larger(1, kPartialBlocks / chunk));
     groups = ceil_div(panels, group);
   }

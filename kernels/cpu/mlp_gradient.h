@@ -16,20 +16,21 @@ namespace fastfar {
 namespace FASTFAR_TARGET {
 namespace {
 
+// f(x) and f'(x).
 struct Silu {
-  static V value(V x) { return silu(x); }
-  static V slope(V x) {
+  static void apply(V x, V& value, V& slope) {
     const V s = set(1.0F) / (set(1.0F) + exponential(set(0.0F) - x));
-    return s * fma(x, set(1.0F) - s, set(1.0F));
+    value = x * s;
+    slope = fma(value, set(1.0F) - s, s);
   }
 };
 
 struct Gelu {
-  static V value(V x) { return gelu(x); }
-  static V slope(V x) {  // Phi(x) + x phi(x)
+  static void apply(V x, V& value, V& slope) {  // x Phi(x) and Phi(x) + x phi(x)
     const V tail = set(0.5F) * complementary_error(absolute(x));
     const V below = select_less(x, set(0.0F), tail, set(1.0F) - tail);
-    return fma(x * set(0.398942280F), exponential(set(-0.5F) * x * x), below);
+    value = x * below;
+    slope = fma(x * set(0.398942280F), exponential(set(-0.5F) * x * x), below);
   }
 };
 
@@ -37,12 +38,12 @@ struct Gelu {
 struct MlpGradient {
   int64_t rows, width, hidden;
   float eps;
-  Numbers x, dout, dx;                 // rows `width` apart
-  Numbers shift, scale, gate;          // rows `modulation_stride` apart; all or none (null)
-  Numbers u, dshift, dscale, dgate;    // rows `width` apart; with modulations only
+  Numbers x, dout, dx;               // rows `width` apart
+  Numbers shift, scale, gate;        // rows `modulation_stride` apart; all or none (null)
+  Numbers u, dshift, dscale, dgate;  // rows `width` apart; with modulations only
   int64_t modulation_stride;
   const float *norm_weight, *norm_bias, *fc1_bias;
-  Numbers h;                           // (rows, hidden); null: recomputed, which needs fc1
+  Numbers h;  // (rows, hidden); null: recomputed, which needs fc1
   const void *fc1, *fc1_transposed, *fc2_transposed;
   float *dnorm_weight, *dnorm_bias, *dfc1_weight, *dfc1_bias, *dfc2_weight, *dfc2_bias;
 };
@@ -57,9 +58,9 @@ struct MlpBackward {
     float *dfc1_weight, *dfc2_weight, *dnorm_weight, *dnorm_bias, *dfc1_bias, *dfc2_bias;
   };
   struct Buffers {
-    A *m, *du, *hidden, *transposed;
+    A *m, *du, *hidden, *slope, *transposed;
     W* panels;
-    float *dm, *mean, *rstd, *h, *row;
+    float *dm, *mean, *rstd, *row;
   };
 
   const MlpGradient& g;
@@ -97,12 +98,12 @@ struct MlpBackward {
     b.m = one.take<A>(operand_size(plan.chunk, g.width));
     b.du = one.take<A>(operand_size(plan.chunk, g.width));
     b.hidden = one.take<A>(operand_size(plan.chunk, g.hidden));
+    b.slope = one.take<A>(operand_size(plan.chunk, g.hidden));
     b.transposed = one.take<A>(operand_size(plan.chunk, most));
     b.panels = one.take<W>(operand_size(plan.chunk, most));
     b.dm = one.take<float>(operand_size(plan.chunk, g.width));
     b.mean = one.take<float>(plan.chunk);
     b.rstd = one.take<float>(plan.chunk);
-    b.h = one.take<float>(g.h.p == nullptr ? operand_size(plan.chunk, g.hidden) : 0);
     b.row = one.take<float>(depth * kDepth);
     return b;
   }
@@ -176,23 +177,24 @@ struct MlpBackward {
     }
   }
 
-  // f(h), where h is given or in b.h.
-  V hidden_value(const Buffers& b, int64_t row, int64_t local, int64_t column) const {
-    const int64_t count = g.hidden - column;
-    if (count <= 0) return set(0.0F);
-    if (g.h.p != nullptr) return g.h.get(row * g.hidden + column, count);
-    return load(b.h + local * hidden_depth * kDepth + column);
+  // f(h) and f'(h) of up to kLanes numbers; zero for rows that do not exist.
+  void activate(const Buffers& b, V h, bool exists, int64_t local, int64_t column) const {
+    V value = set(0.0F), slope = value;
+    if (exists) F::apply(h, value, slope);
+    store(at(b.hidden, hidden_depth, local, column), value);
+    store(at(b.slope, hidden_depth, local, column), slope);
   }
 
   struct Recompute {  // h = m W_1^T + b_1
     const MlpBackward& of;
     const Buffers& b;
+    int64_t count;
     void row(int64_t block, int64_t panel, int64_t row, const float* c) {
       const int64_t local = block * kBlock + row, column = panel * kBlock;
-      float* out = b.h + local * of.hidden_depth * kDepth + column;
       for (int64_t i = 0; i < kBlock; i += kLanes) {
-        const int64_t count = larger(0, of.g.hidden - column - i);
-        store(out + i, load(c + i) + load_part(of.g.fc1_bias + column + i, count));
+        const int64_t numbers = larger(0, of.g.hidden - column - i);
+        const V h = load(c + i) + load_part(of.g.fc1_bias + column + i, numbers);
+        of.activate(b, h, local < count, local, column + i);
       }
     }
   };
@@ -201,16 +203,13 @@ struct MlpBackward {
     const MlpBackward& of;
     const Buffers& b;
     const Sums& s;
-    int64_t row0, count;
     void row(int64_t block, int64_t panel, int64_t row, const float* c) {
       const int64_t local = block * kBlock + row, column = panel * kBlock;
       A* out = at(b.hidden, of.hidden_depth, local, column);
+      const A* slope = at(b.slope, of.hidden_depth, local, column);
       for (int64_t i = 0; i < kBlock; i += kLanes) {
-        V dh = set(0.0F);
-        if (local < count) {
-          dh = load(c + i) * F::slope(of.hidden_value(b, row0 + local, local, column + i));
-          accumulate(s.dfc1_bias + column + i, dh);
-        }
+        const V dh = load(c + i) * load(slope + i);
+        accumulate(s.dfc1_bias + column + i, dh);
         store(out + i, dh);
       }
     }
@@ -239,17 +238,16 @@ struct MlpBackward {
     }
     if (g.h.p == nullptr) {
       const Segment<M> up = {b.m, static_cast<const W*>(g.fc1), depth, in, panel};
-      Recompute epilogue{*this, b};
+      Recompute epilogue{*this, b, count};
       multiply(&up, 1, blocks, 0, hidden_depth, epilogue);
-    }
-    for (int64_t local = 0; local < blocks * kBlock; ++local) {
-      if (local >= count) {
-        clear_row(b.hidden, hidden_depth, local);
-        continue;
-      }
-      for (int64_t i = 0; i < hidden_depth * kDepth; i += kLanes) {
-        store(at(b.hidden, hidden_depth, local, i),
-              F::value(hidden_value(b, row0 + local, local, i)));
+    } else {
+      for (int64_t local = 0; local < blocks * kBlock; ++local) {
+        for (int64_t i = 0; i < hidden_depth * kDepth; i += kLanes) {
+          const int64_t numbers = g.hidden - i;
+          const bool exists = local < count && numbers > 0;
+          const V h = exists ? g.h.get((row0 + local) * g.hidden + i, numbers) : set(0.0F);
+          activate(b, h, exists, local, i);
+        }
       }
     }
     to_panels(b.hidden, blocks, hidden_depth, b.panels);
@@ -257,7 +255,7 @@ struct MlpBackward {
     add_weight_gradient<M>(b.transposed, depth, b.panels, hidden_depth, blocks, s.dfc2_weight,
                            first);
     const Segment<M> back = {b.du, static_cast<const W*>(g.fc2_transposed), depth, in, panel};
-    Inner inner{*this, b, s, row0, count};
+    Inner inner{*this, b, s};
     multiply(&back, 1, blocks, 0, hidden_depth, inner);
     to_panels(b.m, blocks, depth, b.panels);
     to_transposed(b.hidden, blocks, hidden_depth, b.transposed);
@@ -276,9 +274,9 @@ struct MlpBackward {
       Arena one{buffers + worker * buffer_size};
       const Buffers b = take(one);
       const int64_t offset = group * stride;
-      const Sums s = {sums.dfc1_weight + offset, sums.dfc2_weight + offset,
+      const Sums s = {sums.dfc1_weight + offset,  sums.dfc2_weight + offset,
                       sums.dnorm_weight + offset, sums.dnorm_bias + offset,
-                      sums.dfc1_bias + offset, sums.dfc2_bias + offset};
+                      sums.dfc1_bias + offset,    sums.dfc2_bias + offset};
       clear(s.dnorm_weight, (3 * depth + hidden_depth) * kDepth);
       const int64_t begin = group * plan.per_group;
       const int64_t end = smaller(g.rows, begin + plan.per_group);

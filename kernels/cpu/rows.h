@@ -126,6 +126,21 @@ inline void normalise(int32_t threads, int64_t rows, int64_t k, const Numbers& x
   });
 }
 
+// out = x + (c + bias) for 32 columns of a row, fewer at the end of it. Rows are far apart in
+// memory and come in blocks of 32: the same columns of the next block are fetched meanwhile.
+inline void add_residual(const Numbers& x, const Numbers& out, const float* bias, int64_t row,
+                         int64_t column, int64_t width, const float* c) {
+  for (int64_t i = 0; i < kBlock && column + i < width; i += kLanes) {
+    const int64_t count = width - column - i, place = row * width + column + i;
+    if (i % 16 == 0) {
+      x.expect(place + kBlock * width);
+      out.expect_to_write(place + kBlock * width);
+    }
+    const V sum = load(c + i) + load_part(bias + column + i, count);
+    out.put(place, x.get(place, count) + sum, count);
+  }
+}
+
 }  // namespace
 }  // namespace FASTFAR_TARGET
 }  // namespace fastfar

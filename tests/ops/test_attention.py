@@ -1,14 +1,16 @@
-"""attention against its reference: values, gradients, key masks."""
+"""attention against its reference, on PyTorch and on every native instruction set."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from dirty_scratch import assert_same_on_any_number_of_threads
 from tolerances import DTYPES, assert_close_to_reference, relative, with_gap
 from torch import Tensor
 
 from fastfar import reference
-from fastfar.ops import attention
+from fastfar._native import NativeLibrary
+from fastfar.ops import attention, use_backend
 
 SHAPES = [(1, 1, 1, 4), (2, 7, 3, 5), (3, 13, 2, 16), (1, 67, 2, 8)]  # B, S, heads, E
 
@@ -68,3 +70,86 @@ def test_dropout_keeps_the_mean(needs_gradient: bool) -> None:
     draws = torch.stack([attention(qkv, dropout=0.3).detach() for _ in range(2000)])
     assert draws.std(0).min() > 0.01
     assert relative(draws.mean(0), attention(qkv)) < 0.05
+
+
+# --- native ----------------------------------------------------------------------------------
+
+NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+# one query block and several; odd and padded head widths; more groups of queries than one
+NATIVE_SHAPES = [*SHAPES, (2, 33, 2, 80), (1, 3, 5, 33), (1, 200, 1, 64), (1, 32, 2, 32)]
+
+
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", NATIVE_SHAPES, ids=str)
+def test_native(isa: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    ops = (attention, reference.attention)
+    mask = torch.rand(shape[:2]) < 0.6
+    mask[:, -1] = True
+    with use_backend("native"):
+        for layout in (torch.Tensor.contiguous, with_gap):
+            assert_close_to_reference(
+                *ops, inputs(shape), dtype=dtype, gradients=False, layout=layout
+            )
+        assert_close_to_reference(*ops, inputs(shape), mask, dtype=dtype, gradients=False)
+
+
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
+def test_native_masked_keys_weigh_nothing(isa: str, dtype: torch.dtype) -> None:
+    """And an image without any key gives what PyTorch gives: zeros."""
+    qkv = inputs((3, 45, 2, 16)).to(dtype)
+    mask = torch.rand(3, 45) < 0.5
+    mask[0], mask[1, 7] = False, True
+    with use_backend("native"):
+        out = attention(qkv, mask)
+        qkv[:, :, 1:][~mask] = 1000.0  # keys and values, not queries
+        assert torch.equal(attention(qkv, mask), out)
+    torch.testing.assert_close(out[0], torch.zeros_like(out[0]), rtol=0, atol=0)
+    torch.testing.assert_close(out[0], attention(qkv, mask)[0], rtol=0, atol=0)
+    only_key = attention(qkv[1:2, 7:8])  # of queries that see one key
+    mask[1] = torch.arange(45) == 7
+    with use_backend("native"):
+        torch.testing.assert_close(attention(qkv, mask)[1], only_key[0].expand(45, -1))
+
+
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
+def test_native_large_scores_do_not_overflow(isa: str, dtype: torch.dtype) -> None:
+    with use_backend("native"):
+        qkv = 30 * inputs((1, 40, 2, 32))
+        assert_close_to_reference(
+            attention, reference.attention, qkv, dtype=dtype, gradients=False
+        )
+
+
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
+def test_native_is_the_same_everywhere(
+    isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qkv, mask = inputs((1, 300, 1, 24)).to(dtype), torch.rand(1, 300) < 0.7
+    with use_backend("native"):
+        assert_same_on_any_number_of_threads(monkeypatch, lambda: attention(qkv, mask))
+
+
+def test_native_leaves_training_to_pytorch(library: NativeLibrary) -> None:
+    qkv = inputs((1, 5, 2, 4)).float().requires_grad_()
+    with use_backend("native"):
+        out = attention(qkv)
+        assert out.requires_grad
+        torch.testing.assert_close(out, attention(qkv.detach()))
+        dropped = attention(qkv.detach(), dropout=0.9)
+    assert not torch.equal(dropped, out)
+
+
+def test_native_refuses_what_it_cannot_do(library: NativeLibrary) -> None:
+    qkv = inputs((2, 5, 2, 4))
+    with use_backend("native"):
+        with pytest.raises(TypeError, match=r"qkv_BS3HE is torch\.float64; give float32 or bf"):
+            attention(qkv)
+        with pytest.raises(ValueError, match="meta; give it on the CPU"):
+            attention(qkv.float().to("meta"))
+        with pytest.raises(ValueError, match=r"\(B, S, 3, heads, E\), got \(2, 5, 2, 2, 4\)"):
+            attention(qkv.float()[:, :, :2])
+        with pytest.raises(TypeError, match="give bool"):
+            attention(qkv.float(), torch.ones(2, 5))
+        with pytest.raises(ValueError, match=r"expected \(2, 5\)"):
+            attention(qkv.float(), torch.ones(2, 4, dtype=torch.bool))
+        assert attention(qkv.float()[:0]).shape == (0, 5, 8)

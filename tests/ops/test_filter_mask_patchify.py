@@ -8,7 +8,9 @@ from tolerances import DTYPES, assert_close_to_reference, relative, with_gap
 from torch import Tensor
 
 from fastfar import reference
-from fastfar.ops import filter_mask_patchify
+from fastfar._native import NativeLibrary
+from fastfar.ops import filter_mask_patchify, use_backend
+from fastfar.ops.filter_mask_patchify import _backward, _forward
 
 OPS = (filter_mask_patchify, reference.filter_mask_patchify)
 KINDS = ("area_bicubic", "fourier")
@@ -100,3 +102,122 @@ def test_bad_arguments() -> None:
         filter_mask_patchify(latent, level[:1], patch_size=1, num_levels=8)
     with pytest.raises(TypeError, match="integer"):
         filter_mask_patchify(latent, level.float(), patch_size=1, num_levels=8)
+
+
+# --- native ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size, patch", SIZES)
+def test_native_values_and_gradients(isa: str, size: int, patch: int, kind: str) -> None:
+    level = torch.arange(-1, LEVELS + 1)
+    latent = torch.randn(len(level), 3, size, size, dtype=torch.float64)
+    options = {"patch_size": patch, "num_levels": LEVELS, "kind": kind}
+    with use_backend("native"):
+        for mask in (None, mask_for(len(level), size, patch)):
+            for layout in (Tensor.contiguous, with_gap):
+                assert_close_to_reference(
+                    *OPS, latent, level, mask, dtype=torch.float32, layout=layout, **options
+                )
+
+
+@pytest.mark.parametrize("patch", [1, 2, 4])
+def test_native_bfloat16(isa: str, patch: int) -> None:
+    level = torch.tensor([0, 1, 7, 11, 16, -1])
+    latent = torch.randn(6, 2, 8, 8, dtype=torch.float64)
+    args = (latent, level, mask_for(6, 8, patch))
+    with use_backend("native"):
+        assert_close_to_reference(
+            *OPS, *args, dtype=torch.bfloat16, patch_size=patch, num_levels=LEVELS
+        )
+
+
+def test_native_special_levels_are_exact(library: NativeLibrary) -> None:
+    latent = torch.randn(3, 2, 6, 6)
+    latent[0, 0, 0, 0] = float("nan")  # of no account at level 0
+    with use_backend("native"):
+        out = filter_mask_patchify(latent, torch.tensor([0, 8, -1]), patch_size=2, num_levels=8)
+    assert not out[0].any()
+    assert torch.equal(out[1:], reference.patchify(latent[1:], 2))
+
+
+def test_native_is_the_same_for_any_number_of_threads_and_form_of_input(
+    library: NativeLibrary,
+) -> None:
+    latent, level, mask = torch.randn(5, 20, 16, 16), torch.arange(2, 7), mask_for(5, 16, 1)
+    before = torch.get_num_threads()
+    outs = []
+    try:
+        for threads in (1, 1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            for levels, masks in ((level, mask), (level.int(), mask.float())):
+                with use_backend("native"):
+                    outs.append(
+                        filter_mask_patchify(latent, levels, masks, patch_size=1, num_levels=16)
+                    )
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+def test_native_follows_pytorch_s_rules_for_custom_ops(library: NativeLibrary) -> None:
+    level, mask = torch.tensor([2, 3]), mask_for(2, 6, 2)
+    latent, tokens = torch.randn(2, 3, 6, 6), torch.randn(2, 9, 12)
+    for operation, x in ((_forward, latent), (_backward, tokens)):
+        for each in (mask, None):
+            x = x.detach().requires_grad_()
+            torch.library.opcheck(operation, (x, level, each, 2, 8, "area_bicubic"))
+
+
+def test_native_adjoint_is_its_own_gradient_s_gradient(library: NativeLibrary) -> None:
+    """<forward(x), g> = <x, backward(g)>, and the gradient of the gradient is the operation."""
+    latent = torch.randn(2, 3, 6, 6, requires_grad=True)
+    weights = torch.randn(2, 9, 12, requires_grad=True)
+    level, mask = torch.tensor([2, 3]), mask_for(2, 6, 2)
+    options = {"patch_size": 2, "num_levels": 8}
+    with use_backend("native"):
+        tokens = filter_mask_patchify(latent, level, mask, **options)
+        (grad,) = torch.autograd.grad(tokens, latent, weights, create_graph=True)
+        direction = torch.randn_like(latent)
+        (again,) = torch.autograd.grad(grad, weights, direction)
+        expected = filter_mask_patchify(direction, level, mask, **options)
+    torch.testing.assert_close((tokens * weights).sum(), (latent * grad).sum())
+    assert torch.equal(again, expected)
+
+
+def test_native_compiles_in_one_graph(library: NativeLibrary) -> None:
+    level, mask = torch.tensor([2, 3]), mask_for(2, 6, 2)
+    native = filter_mask_patchify.implementations["native"]
+
+    def loss(latent: Tensor) -> Tensor:
+        tokens: Tensor = native(latent, level, mask, patch_size=2, num_levels=8)
+        return tokens.square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    latent = torch.randn(2, 3, 6, 6, requires_grad=True)
+    ours, plain = compiled(latent), loss(latent)
+    torch.testing.assert_close(ours, plain)
+    (a,), (b,) = torch.autograd.grad(ours, latent), torch.autograd.grad(plain, latent)
+    torch.testing.assert_close(a, b)
+
+
+def test_native_bad_arguments(library: NativeLibrary) -> None:
+    latent, level = torch.randn(2, 2, 4, 4), torch.tensor([1, 2])
+    options = {"patch_size": 1, "num_levels": 8}
+    with use_backend("native"):
+        with pytest.raises(TypeError, match=r"float32 or bfloat16, got torch\.float64"):
+            filter_mask_patchify(latent.double(), level, **options)
+        with pytest.raises(ValueError, match="on the CPU"):
+            filter_mask_patchify(latent.to("meta"), level, **options)
+        with pytest.raises(ValueError, match="kind"):
+            filter_mask_patchify(latent, level, **options, kind="gauss")
+        with pytest.raises(ValueError, match="patches of 3"):
+            filter_mask_patchify(latent, level, patch_size=3, num_levels=8)
+        with pytest.raises(ValueError, match="level"):
+            filter_mask_patchify(latent, level[:1], **options)
+        with pytest.raises(ValueError, match=r"0\.\.8"):
+            filter_mask_patchify(latent, level + 7, **options)
+        with pytest.raises(TypeError, match="integer"):
+            filter_mask_patchify(latent, level.float(), **options)
+        with pytest.raises(ValueError, match="mask_BL"):
+            filter_mask_patchify(latent, level, torch.zeros(2, 4), **options)

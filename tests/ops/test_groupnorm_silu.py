@@ -14,7 +14,13 @@ from fastfar.ops import groupnorm_silu, use_backend
 
 OPS = (groupnorm_silu, reference.groupnorm_silu)
 # B, C, H, W, groups: one number; odd; one channel per group; several chunks, the last one short
-SHAPES = [(1, 1, 1, 1, 1), (2, 6, 3, 5, 3), (3, 32, 4, 4, 32), (1, 96, 9, 17, 32), (2, 130, 7, 11, 5)]
+SHAPES = [
+    (1, 1, 1, 1, 1),
+    (2, 6, 3, 5, 3),
+    (3, 32, 4, 4, 32),
+    (1, 96, 9, 17, 32),
+    (2, 130, 7, 11, 5),
+]
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -129,7 +135,7 @@ def test_native_leaves_gradients_to_pytorch(library: NativeLibrary) -> None:
 def test_native_errors(library: NativeLibrary) -> None:
     x, weight, bias = inputs(1, 6, 2, 2)
     with use_backend("native"):
-        with pytest.raises(TypeError, match="float32 or bfloat16, got torch.float64"):
+        with pytest.raises(TypeError, match=r"float32 or bfloat16, got torch\.float64"):
             groupnorm_silu(x, weight, bias, groups=3)
         with pytest.raises(ValueError, match="6 channels cannot be split into 4"):
             groupnorm_silu(x.float(), weight, bias, groups=4)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from native_training import opcheck_of
 from tolerances import EXACT_DTYPES, HALF_DTYPES, assert_close_to_reference, relative, with_gap
 from torch import Tensor
 
 from fastfar import reference
-from fastfar.ops import hybrid_loss
+from fastfar._native import NativeLibrary
+from fastfar.ops import hybrid_loss, use_backend
 
 OPS = (hybrid_loss, reference.hybrid_loss)
 SHAPES = [(1, 1), (7, 5), (31, 16), (3, 13)]  # N, P
@@ -64,3 +68,80 @@ def test_gradcheck_of_the_variance_channel() -> None:
     eps, v = output.chunk(2, dim=-1)
     v.requires_grad_()
     assert torch.autograd.gradcheck(lambda x: hybrid_loss(torch.cat([eps, x], -1), *rest), v)
+
+
+# --- native ----------------------------------------------------------------------------------
+
+
+def with_gradient(
+    function: Callable[..., Tensor], args: tuple[Tensor, ...], timesteps: int
+) -> list[Tensor]:
+    """Loss and gradient of the output, for a fixed cotangent."""
+    output, *rest = args
+    output = output.detach().requires_grad_()
+    loss_N = function(output, *rest, num_timesteps=timesteps)
+    cotangent = torch.linspace(0.5, 1.5, len(loss_N)).to(loss_N.dtype)
+    return [loss_N.detach(), *torch.autograd.grad(loss_N, output, cotangent)]
+
+
+@pytest.mark.parametrize("num_timesteps", [1000, 37, 1])
+@pytest.mark.parametrize("shape", [*SHAPES, (200, 17), (2, 48)], ids=str)
+def test_native(shape: tuple[int, int], num_timesteps: int, isa: str) -> None:
+    args = tuple(x.float() if x.is_floating_point() else x for x in inputs(*shape, num_timesteps))
+    doubled = tuple(x.double() if x.is_floating_point() else x for x in args)
+    plain = with_gradient(reference.hybrid_loss, args, num_timesteps)
+    truth = with_gradient(reference.hybrid_loss, doubled, num_timesteps)
+    gapped = tuple(with_gap(x) if x.is_floating_point() else x for x in args)
+    for given in (args, gapped):
+        with use_backend("native"):
+            ours = with_gradient(hybrid_loss, given, num_timesteps)
+        for one, other, exact in zip(ours, plain, truth, strict=True):
+            assert relative(one, exact) <= 2 * relative(other, exact) + 1e-6
+
+
+def test_native_at_each_end_of_the_bins(isa: str) -> None:
+    """t = 0, with targets at and beyond the bins at -1 and 1 and means far away and near."""
+    target = torch.tensor([[-1.5, -1.0, -0.99, 0.0, 0.5, 0.99, 1.0, 1.5]]).repeat(5, 1)
+    offset = torch.tensor([-3.0, -1e-2, 0.0, 1e-2, 3.0])[:, None]
+    output = torch.cat([torch.zeros_like(target), torch.linspace(-2, 2, 8).repeat(5, 1)], dim=1)
+    args = (output, target, torch.zeros_like(target), target + offset, torch.zeros(5).long())
+    doubled = tuple(x.double() if x.is_floating_point() else x for x in args)
+    with use_backend("native"):
+        ours = with_gradient(hybrid_loss, args, 1000)
+    for one, exact in zip(ours, with_gradient(reference.hybrid_loss, doubled, 1000), strict=True):
+        assert relative(one, exact) < 1e-4
+
+
+def test_native_bfloat16_and_threads(isa: str) -> None:
+    args = inputs(150, 16)
+    rounded = tuple(x.bfloat16() if x.is_floating_point() else x for x in args)
+    widened = tuple(x.double() if x.is_floating_point() else x for x in rounded)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 1, 2, 3, 4):
+            torch.set_num_threads(count)
+            with use_backend("native"):
+                results.append(with_gradient(hybrid_loss, rounded, 1000))
+    finally:
+        torch.set_num_threads(threads)
+    for each in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(each, results[0], strict=True))
+    loss_N, gradient = results[0]
+    truth = with_gradient(reference.hybrid_loss, widened, 1000)
+    assert loss_N.dtype is torch.float32 and gradient.dtype is torch.bfloat16
+    assert relative(loss_N, truth[0]) < 1e-4 and relative(gradient, truth[1]) < 4e-3
+
+
+def test_opcheck(isa: str) -> None:
+    output, *rest = (x.float() if x.is_floating_point() else x for x in inputs(3, 4))
+    opcheck_of("hybrid_loss", output.requires_grad_(), *rest, 1000)
+
+
+def test_what_native_leaves_to_pytorch(library: NativeLibrary) -> None:
+    """A gradient of the target, and float64."""
+    output, target, *rest = inputs(4, 3)
+    target.requires_grad_()
+    with use_backend("native"):
+        ours = hybrid_loss(output, target, *rest)
+        assert torch.autograd.grad(ours.sum(), target)[0].shape == target.shape
+    assert ours.dtype is torch.float64
