@@ -62,8 +62,8 @@ _OPERATIONS: dict[str, str] = {
     ),
     "denoise_loop": (
         "dtype:i threads:i rows:q halves:q width:q depth:q channels:q condition_width:q steps:q "
-        "rows_per_task:q steps_ahead:q weights:p vectors:p condition_MD:p time_TW:p table:p initial_NP:p "
-        "noise_TNP:p level:f guidance_scale:f x0_low:f x0_high:f out_NP:p scratch:p"
+        "rows_per_task:q steps_ahead:q weights:p vectors:p condition_MD:p time_TW:p table:p "
+        "initial_NP:p noise_TNP:p level:f guidance_scale:f x0_low:f x0_high:f out_NP:p scratch:p"
     ),
     "filter_mask_patchify": (
         "dtype:i threads:i batch:q channels:q size:q patch:q levels:q stride:q matrices:p "

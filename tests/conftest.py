@@ -45,7 +45,7 @@ def library() -> _native.NativeLibrary:
 
 @pytest.fixture(params=backend.INSTRUCTION_SETS)
 def isa(library: _native.NativeLibrary, request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every instruction set in turn, selected; skipped, with the reason, where it cannot be used."""
+    """Every instruction set in turn, selected; skipped, with the reason, where one is off."""
     reason = library.instruction_sets()[request.param]
     if reason is not None:
         pytest.skip(reason)

@@ -95,7 +95,7 @@ def pack_head(head: Mapping[str, Tensor], dtype: torch.dtype) -> PackedHead:
             "use backend 'torch'"
         )
     condition = read("cond_embed.weight")
-    weights = [pack(condition, dtype)]
+    weights: list[Tensor] = [pack(condition, dtype)]
     vectors = [
         _pad(read("cond_embed.bias") + read("index_cond_embed.bias")),
         _pad(read("index_cond_embed.weight")[:, 0]),

@@ -211,7 +211,7 @@ def _denoise_loop_native(
     inputs = {"condition_MD": condition_MD, "initial_NP": initial_NP, "noise_TNP": noise_TNP}
     check("denoise_loop", inputs)
     if needs_pytorch({**inputs, **head}):
-        return denoise_loop.implementations["torch"](
+        result: Tensor = denoise_loop.implementations["torch"](
             head,
             condition_MD,
             level,
@@ -222,6 +222,7 @@ def _denoise_loop_native(
             x0_range=x0_range,
             num_timesteps=num_timesteps,
         )
+        return result
     if not isinstance(head, PackedHead):
         check("denoise_loop", head)
         head = pack_head(head, compute_dtype("denoise_loop", *head.values()))

@@ -6,9 +6,9 @@
 //   weights     see fastfar_packed_bytes: panels of 32 outputs
 //   C           32 x 32 float32 on the stack, in cache when the epilogue reads it
 //
-// AMX: 2 x 2 tiles keep C in registers over all of K. Even blocks walk K upwards and odd ones
-// downwards, so that the end of the panel that is still in L1 is used first; A is loaded with the
-// streaming hint, so that it does not push the panel out; the next panel is prefetched to L2.
+// AMX: 2 x 2 tiles keep C in registers over all of K. The first 32 KB of a panel are to stay in L1
+// for all blocks; the rest of it and A are loaded with the streaming hint, so that they do not push
+// them out; the next panel is prefetched to L2.
 // Included by kernel sources only.
 #ifndef FASTFAR_KERNELS_CPU_GEMM_H_
 #define FASTFAR_KERNELS_CPU_GEMM_H_
@@ -153,31 +153,42 @@ inline void prefetch_line_to_write(void* p) { __builtin_prefetch(p, 1, 3); }
 #ifdef FASTFAR_HAS_TILES
 
 // Two row tiles times one panel, added to tiles 0..3.
+constexpr int64_t kHeldSteps = 16;  // k tiles of a panel, 32 KB, that are to stay in L1
+
 template <class E>
 inline void add_product(const Segment<Bfloat16>& s, int64_t block, int64_t panel, int64_t lines,
                         int64_t rows_per_step, Pending<E>& pending) {
-  const bool down = (block & 1) != 0;
-  const int64_t step = down ? -1 : 1, start = down ? s.depth - 1 : 0;
-  const bf16* a0 = s.a + 2 * block * s.a_stride + start * kTileSize;
+  const bf16* a0 = s.a + 2 * block * s.a_stride;
   const bf16* a1 = a0 + s.a_stride;
-  const bf16* b = s.b + panel * s.b_stride + start * kPanelStep;
+  const bf16* b = s.b + panel * s.b_stride;
   const char* next = reinterpret_cast<const char*>(s.b + (panel + 1) * s.b_stride) +
                      64 * lines * s.depth * block;
-  for (int64_t k = 0; k < s.depth; ++k) {
-    // All loads before the products: measured faster than each load before its first use.
-    _tile_stream_loadd(4, a0, 64);
-    _tile_loadd(6, b, 64);
-    _tile_loadd(7, b + kTileSize, 64);
+  // All loads before the products, and the prefetches between: measured faster than each load
+  // before its first use.
+  const auto finish_step = [&] {
     _tile_stream_loadd(5, a1, 64);
+    for (int64_t i = 0; i < lines; ++i, next += 64) _mm_prefetch(next, _MM_HINT_T1);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
-    for (int64_t i = 0; i < lines; ++i, next += 64) _mm_prefetch(next, _MM_HINT_T1);
     pending.step(rows_per_step);
-    a0 += step * kTileSize;
-    a1 += step * kTileSize;
-    b += step * kPanelStep;
+    a0 += kTileSize;
+    a1 += kTileSize;
+    b += kPanelStep;
+  };
+  int64_t k = 0;
+  for (; k < smaller(s.depth, kHeldSteps); ++k) {
+    _tile_stream_loadd(4, a0, 64);
+    _tile_loadd(6, b, 64);
+    _tile_loadd(7, b + kTileSize, 64);
+    finish_step();
+  }
+  for (; k < s.depth; ++k) {
+    _tile_stream_loadd(4, a0, 64);
+    _tile_stream_loadd(6, b, 64);
+    _tile_stream_loadd(7, b + kTileSize, 64);
+    finish_step();
   }
 }
 
