@@ -168,8 +168,6 @@ class NativeLibrary:
                 function.restype = result
                 function.argtypes = arguments
             for op in _OPERATIONS:
-                if not hasattr(self._c, f"fastfar_{op}"):
-                    continue  # TEMPORARY: while ops are being added
                 structure = self._structures[op] = _structure(op)
                 function = getattr(self._c, f"fastfar_{op}")
                 function.restype = _INT

@@ -34,12 +34,18 @@ def _decoder_log_likelihood(target: Tensor, mean: Tensor, log_scale: Tensor) -> 
     return torch.where(target < -0.999, below, torch.where(target > 0.999, above, inner))
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _coefficients(timestep_N: Tensor, num_timesteps: int, like: Tensor) -> list[Tensor]:
-    """Columns (N, 1) of `_COLUMNS` at each row's timestep. torch.compile cannot trace the cache."""
+# An op of its own, so that torch.compile does not look inside: it cannot trace cached tables.
+@torch.library.custom_op("fastfar::hybrid_loss_coefficients", mutates_args=())
+def _coefficients(timestep_N: Tensor, num_timesteps: int, dtype: torch.dtype) -> Tensor:
+    """Columns (len(_COLUMNS), N, 1) of the diffusion tables at each row's timestep."""
     tables = diffusion_tables(num_timesteps, num_timesteps)
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    return [getattr(tables, name).to(like.device, dtype)[timestep_N, None] for name in _COLUMNS]
+    columns = torch.stack([getattr(tables, name) for name in _COLUMNS])
+    return columns.to(timestep_N.device, dtype)[:, timestep_N, None]
+
+
+@_coefficients.register_fake
+def _(timestep_N: Tensor, num_timesteps: int, dtype: torch.dtype) -> Tensor:
+    return timestep_N.new_empty((len(_COLUMNS), len(timestep_N), 1), dtype=dtype)
 
 
 @op
@@ -75,7 +81,7 @@ def hybrid_loss(
     """
     dtype = torch.promote_types(target_NP.dtype, torch.float32)
     eps_NP, v_NP = output_N2P.to(dtype).chunk(2, dim=-1)
-    coefficients = _coefficients(timestep_N, num_timesteps, target_NP)
+    coefficients = _coefficients(timestep_N, num_timesteps, dtype)
     recip, recip_m1, mean_x0, mean_xt, log_beta, log_posterior = coefficients
     squared_N = (eps_NP - noise_NP).square().mean(dim=-1)
 

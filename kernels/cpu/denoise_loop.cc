@@ -140,8 +140,7 @@ struct Task {
   }
 
   void statistics_of(int64_t i) const {
-    row_statistics(m.r + i * s.stride, s.width, kEps, m.statistics[2 * i],
-                   m.statistics[2 * i + 1]);
+    row_statistics(m.r + i * s.stride, s.width, kEps, m.statistics[2 * i], m.statistics[2 * i + 1]);
   }
 
   // x = a x + b x0 + c x0_previous + s n, for this task's tokens.
@@ -166,10 +165,9 @@ struct Task {
           next = fma(set(table[kC]), load_part(m.x0 + i * s.channels + p, count), next);
         }
         if (noisy) {
-          const V fraction =
-              (load(conditional + s.eps_columns + p) + set(1.0F)) * set(0.5F);
-          const V log_variance = fma(fraction, set(table[kLogHigh] - table[kLogLow]),
-                                     set(table[kLogLow]));
+          const V fraction = (load(conditional + s.eps_columns + p) + set(1.0F)) * set(0.5F);
+          const V log_variance =
+              fma(fraction, set(table[kLogHigh] - table[kLogLow]), set(table[kLogLow]));
           const V sigma = set(table[kNoise]) * exponential(set(0.5F) * log_variance);
           next = fma(sigma, load_part(noise + (first + i) * s.channels + p, count), next);
         }
@@ -214,14 +212,12 @@ struct Task {
         kept += s.modulation_panels() * ahead * rows * kBlock;
       } else {
         product(y, weights, s.modulation_panels(), modulate);
-        product(y, weights + s.modulation_panels() * s.w, s.panels,
-                KeepGate<A>{bias, gate, depth});
+        product(y, weights + s.modulation_panels() * s.w, s.panels, KeepGate<A>{bias, gate, depth});
       }
       weights += (s.modulation_panels() + s.panels) * s.w;
       product(m.h, weights, s.panels, Silu<A>{bias + s.columns, m.g, depth});
       weights += s.panels * s.w;
-      product(m.g, weights, s.panels,
-              Gate<A>{bias + 2 * s.columns, gate, m.r, s.stride, depth});
+      product(m.g, weights, s.panels, Gate<A>{bias + 2 * s.columns, gate, m.r, s.stride, depth});
       weights += s.panels * s.w;
       vectors += s.block_vectors();
     }
@@ -299,8 +295,9 @@ int64_t denoise_loop_scratch(const fastfar_denoise_loop_args& args) {
 }
 
 int32_t denoise_loop(const fastfar_denoise_loop_args& args) {
-  const int64_t sizes[] = {args.rows,     args.width,           args.channels, args.steps,
-                           args.condition_width, args.rows_per_task, args.steps_ahead, args.threads};
+  const int64_t sizes[] = {args.rows,        args.width,           args.channels,
+                           args.steps,       args.condition_width, args.rows_per_task,
+                           args.steps_ahead, args.threads};
   for (const int64_t size : sizes) {
     if (size < 1) return FASTFAR_ERROR_ARGUMENT;
   }

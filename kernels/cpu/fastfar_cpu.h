@@ -166,20 +166,20 @@ fastfar_layernorm_mlp_residual_scratch(const fastfar_layernorm_mlp_residual_args
 /* x of every token after all diffusion steps; formulas in denoise_loop.cc, layout of the weights in
  * fastfar/ops/_head.py. All steps of a token run on one thread. */
 typedef struct {
-  int32_t dtype;    /* of the weights */
+  int32_t dtype; /* of the weights */
   int32_t threads;
-  int64_t rows;     /* tokens */
-  int64_t halves;   /* 2: guidance, 1: none */
+  int64_t rows;   /* tokens */
+  int64_t halves; /* 2: guidance, 1: none */
   int64_t width, depth, channels, condition_width;
   int64_t steps;
   int64_t rows_per_task;
-  int64_t steps_ahead;   /* steps whose modulations are computed at once; 1: within each step */
-  const void* weights;   /* packed */
+  int64_t steps_ahead; /* steps whose modulations are computed at once; 1: within each step */
+  const void* weights; /* packed */
   const float* vectors;
   const float* condition_MD; /* halves * rows, conditional rows first */
-  const float* time_TW;  /* time embedding of every step, in the order in which steps are run */
-  const float* table;    /* (steps, 8): x0 from x, x0 from eps, a, b, c, log variance at v = -1 and
-                            at v = 1, factor of the noise (0: none) */
+  const float* time_TW;      /* time embedding of every step, in the order in which steps are run */
+  const float* table; /* (steps, 8): x0 from x, x0 from eps, a, b, c, log variance at v = -1 and
+                         at v = 1, factor of the noise (0: none) */
   const float* initial_NP;
   const float* noise_TNP;
   float level, guidance_scale, x0_low, x0_high;
@@ -221,16 +221,17 @@ typedef struct {
   void* latent_BCHW;      /* gradient of the latent */
   void* scratch;          /* threads * fastfar_filter_mask_patchify_backward_scratch */
 } fastfar_filter_mask_patchify_backward_args;
-FASTFAR_API int32_t fastfar_filter_mask_patchify_backward(
-    const fastfar_filter_mask_patchify_backward_args* args);
+FASTFAR_API int32_t
+fastfar_filter_mask_patchify_backward(const fastfar_filter_mask_patchify_backward_args* args);
 
 /* Bytes of scratch per thread; only the sizes of the arguments are read. */
-FASTFAR_API int64_t fastfar_filter_mask_patchify_scratch(
-    const fastfar_filter_mask_patchify_args* args);
+FASTFAR_API int64_t
+fastfar_filter_mask_patchify_scratch(const fastfar_filter_mask_patchify_args* args);
 FASTFAR_API int64_t fastfar_filter_mask_patchify_backward_scratch(
     const fastfar_filter_mask_patchify_backward_args* args);
 
-/* --- decoding ---------------------------------------------------------------------------------- */
+/* --- decoding ----------------------------------------------------------------------------------
+ */
 
 /* y = silu(GroupNorm(x)), or GroupNorm(x), on channels-last images; the statistics are float32 or
  * better, one pair per image and group of channels / groups channels. */
@@ -250,7 +251,8 @@ FASTFAR_API int32_t fastfar_groupnorm_silu(const fastfar_groupnorm_silu_args* ar
 /* Bytes of scratch for all threads together; only the sizes of the arguments are read. */
 FASTFAR_API int64_t fastfar_groupnorm_silu_scratch(const fastfar_groupnorm_silu_args* args);
 
-/* --- training ---------------------------------------------------------------------------------- */
+/* --- training ----------------------------------------------------------------------------------
+ */
 
 /* Weights and vectors as for the transformer. Gradients of weights and vectors are float32 sums
  * that do not depend on the number of threads. Transposed weights are packed with n and k swapped.

@@ -6,7 +6,7 @@
 //   weights     see fastfar_packed_bytes: panels of 32 outputs
 //   C           32 x 32 float32 on the stack, in cache when the epilogue reads it
 //
-// AMX: 2 x 2 tiles keep C in registers over all of K. The first 32 KB of a panel are to stay in L1
+// AMX: 2 x 2 tiles keep C in registers over all of K. The first 16 KB of a panel are to stay in L1
 // for all blocks; the rest of it and A are loaded with the streaming hint, so that they do not push
 // them out; the next panel is prefetched to L2.
 // Included by kernel sources only.
@@ -21,9 +21,9 @@ namespace fastfar {
 namespace FASTFAR_TARGET {
 namespace {
 
-constexpr int64_t kTile = 16;              // rows of a tile
-constexpr int64_t kDepth = 32;             // numbers of a tile's row
-constexpr int64_t kBlock = 32;             // rows of a block, outputs of a panel
+constexpr int64_t kTile = 16;   // rows of a tile
+constexpr int64_t kDepth = 32;  // numbers of a tile's row
+constexpr int64_t kBlock = 32;  // rows of a block, outputs of a panel
 constexpr int64_t kTileSize = kTile * kDepth;
 constexpr int64_t kPanelStep = kBlock * kDepth;  // weights of a panel per k tile
 
@@ -45,7 +45,9 @@ inline int64_t depth_of(int64_t k) { return ceil_div(k, kDepth); }
 inline int64_t padded_rows(int64_t rows) { return ceil_div(rows, kBlock) * kBlock; }
 inline int64_t padded_columns(int64_t k) { return depth_of(k) * kDepth; }
 // Numbers of an A operand, and of one panel.
-inline int64_t operand_size(int64_t rows, int64_t k) { return padded_rows(rows) * padded_columns(k); }
+inline int64_t operand_size(int64_t rows, int64_t k) {
+  return padded_rows(rows) * padded_columns(k);
+}
 inline int64_t panel_size(int64_t k) { return depth_of(k) * kPanelStep; }
 
 // Where (row, column) of an A operand lies; the numbers up to the next multiple of 32 follow it.
@@ -117,8 +119,8 @@ struct Segment {
   int64_t b_stride;        // numbers between panels
 };
 
-// An epilogue may have prefetch(block, panel, row), called for the rows of a block while its product
-// is being computed: for what row(...) will read from memory.
+// An epilogue may have prefetch(block, panel, row), called for the rows of a block while its
+// product is being computed: for what row(...) will read from memory.
 template <class E>
 inline auto prefetch_row(const E& epilogue, int64_t block, int64_t panel, int64_t row, int)
     -> decltype(epilogue.prefetch(block, panel, row)) {
@@ -153,7 +155,7 @@ inline void prefetch_line_to_write(void* p) { __builtin_prefetch(p, 1, 3); }
 #ifdef FASTFAR_HAS_TILES
 
 // Two row tiles times one panel, added to tiles 0..3.
-constexpr int64_t kHeldSteps = 16;  // k tiles of a panel, 32 KB, that are to stay in L1
+constexpr int64_t kHeldSteps = 8;  // k tiles of a panel, 16 KB, that are to stay in L1
 
 template <class E>
 inline void add_product(const Segment<Bfloat16>& s, int64_t block, int64_t panel, int64_t lines,
@@ -161,8 +163,8 @@ inline void add_product(const Segment<Bfloat16>& s, int64_t block, int64_t panel
   const bf16* a0 = s.a + 2 * block * s.a_stride;
   const bf16* a1 = a0 + s.a_stride;
   const bf16* b = s.b + panel * s.b_stride;
-  const char* next = reinterpret_cast<const char*>(s.b + (panel + 1) * s.b_stride) +
-                     64 * lines * s.depth * block;
+  const char* next =
+      reinterpret_cast<const char*>(s.b + (panel + 1) * s.b_stride) + 64 * lines * s.depth * block;
   // All loads before the products, and the prefetches between: measured faster than each load
   // before its first use.
   const auto finish_step = [&] {
@@ -194,8 +196,8 @@ inline void add_product(const Segment<Bfloat16>& s, int64_t block, int64_t panel
 
 template <class E>
 inline void block_product(const Segment<Bfloat16>* segments, int count, int64_t block,
-                          int64_t panel, int64_t lines, int64_t rows_per_step,
-                          const float* start, float* c, Pending<E>& pending) {
+                          int64_t panel, int64_t lines, int64_t rows_per_step, const float* start,
+                          float* c, Pending<E>& pending) {
   __asm__ volatile("" ::: "memory");  // tile loads read what the compiler may still hold back
   if (start == nullptr) {
     _tile_zero(0);
@@ -343,8 +345,6 @@ inline void block_product(const Segment<M>* segments, int count, int64_t block, 
 
 // --- the product ------------------------------------------------------------------------------
 
-constexpr int64_t kSecond = kBlock * kBlock;
-
 // For every panel in panel0..panel1 - 1 and every block of 32 rows: C = the sum of the segments'
 // products, then epilogue.row(block, panel, row, c) for its 32 rows, c being 32 numbers.
 // `partial`, where given, holds C of every (panel - panel0, block): loaded first if `resume`, and
@@ -371,21 +371,14 @@ inline void multiply(const Segment<M>* segments, int count, int64_t blocks, int6
       pending.next_block = block;
       pending.next_panel = panel;
       pending.next_row = suspend ? kBlock : 0;
-      block_product(segments, count, block, panel, lines, rows_per_step,
-                    resume ? kept : nullptr, out, pending);
+      block_product(segments, count, block, panel, lines, rows_per_step, resume ? kept : nullptr,
+                    out, pending);
       pending.finish();
       if (!suspend) pending = Pending<E>{&epilogue, out, block, panel, 0, 0, 0, kBlock};
       turn = !turn;
     }
   }
   pending.finish();
-}
-
-template <class M, class E>
-inline void multiply(const Segment<M>* segments, int count, bool, int64_t blocks, int64_t panel0,
-                     int64_t panel1, E& epilogue, float* partial = nullptr, bool resume = false,
-                     bool suspend = false) {  // TEMPORARY: callers of the former signature
-  multiply(segments, count, blocks, panel0, panel1, epilogue, partial, resume, suspend);
 }
 
 }  // namespace

@@ -99,10 +99,10 @@ int32_t fastfar_isa_select(int32_t isa) {
   return isa;
 }
 
-#define FASTFAR_DEFINE(op)                                  \
-  int32_t fastfar_##op(const fastfar_##op##_args* args) {   \
-    if (args == nullptr) return FASTFAR_ERROR_ARGUMENT;     \
-    return ops().op(*args);                                 \
+#define FASTFAR_DEFINE(op)                                \
+  int32_t fastfar_##op(const fastfar_##op##_args* args) { \
+    if (args == nullptr) return FASTFAR_ERROR_ARGUMENT;   \
+    return ops().op(*args);                               \
   }
 FASTFAR_EACH_OP(FASTFAR_DEFINE)
 
