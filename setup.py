@@ -3,12 +3,13 @@
 Everything static is in pyproject.toml. Here: the package list, which maps `kernels/gpu` to
 `fastfar.kernels.gpu` (a top-level module `kernels` would collide with Hugging Face's), and CMake.
 Without a working compiler the wheel is pure Python and the build says so;
-FASTFAR_REQUIRE_NATIVE=1 makes that an error.
+FASTFAR_REQUIRE_NATIVE=1 makes that an error; CMAKE_ARGS holds further options for CMake.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -70,9 +71,8 @@ class BuildNative(build_ext):
         folder = Path(self.build_temp).resolve() / "cmake"
         # Configured from nothing each time: a cache remembers a compiler that may be gone.
         shutil.rmtree(folder, ignore_errors=True)
-        subprocess.run(
-            ["cmake", "-S", str(ROOT), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release"], check=True
-        )
+        options = ["-DCMAKE_BUILD_TYPE=Release", *shlex.split(os.environ.get("CMAKE_ARGS", ""))]
+        subprocess.run(["cmake", "-S", str(ROOT), "-B", str(folder), *options], check=True)
         jobs = str(os.cpu_count() or 1)
         subprocess.run(["cmake", "--build", str(folder), "--parallel", jobs], check=True)
         return folder / LIBRARY

@@ -174,9 +174,17 @@ def test_the_interpreter_ends_at_once(daemon: bool) -> None:
     output = run_python(f"""
 torch.set_num_threads(4)
 assert right()
-def work():
+import ctypes
+w_NK = torch.randn(2048, 1024)
+packed = torch.empty(library.packed_bytes(torch.float32, *w_NK.shape), dtype=torch.uint8)
+arguments = library._arguments("pack", dict(
+    dtype=0, source_dtype=0, n=2048, k=1024, stride_n=1024, stride_k=1, w=w_NK, packed=packed,
+    threads=4,
+))
+call, reference = library._c.fastfar_pack, ctypes.byref(arguments)
+def work():  # nothing of PyTorch's: a daemon thread that ends in there aborts the interpreter
     while True:
-        right()
+        call(reference)
 if {daemon}:
     threading.Thread(target=work, daemon=True).start()
     time.sleep(0.05)
