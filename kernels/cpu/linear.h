@@ -10,11 +10,11 @@ namespace fastfar {
 namespace FASTFAR_TARGET {
 namespace {
 
-constexpr int64_t kPieceBytes = 80 << 10;  // of a panel: longer ones fall out of L1 too early
-constexpr int64_t kChunkBytes = 1 << 20;   // of an A operand: half of a core's L2
-constexpr int64_t kPartialBlocks = 400;    // of C between the pieces of K: 1.6 MB
-constexpr int64_t kTasksPerThread = 4;     // so that threads of different speed end together
-constexpr int64_t kPiecedTasks = 2;        // where K is in pieces: each task reads all of A anew
+constexpr int64_t kPieceBytes = 80 << 10;   // of a panel: longer ones fall out of L1 too early
+constexpr int64_t kChunkBytes = 448 << 10;  // of an A operand; a neighbour may use half of L2
+constexpr int64_t kPartialBlocks = 400;     // of C between the pieces of K: 1.6 MB
+constexpr int64_t kTasksPerThread = 4;      // so that threads of different speed end together
+constexpr int64_t kPiecedTasks = 2;         // where K is in pieces: each task reads all of A anew
 
 // Hands out parts of one block of memory, each at a multiple of 64 bytes. Started at nullptr, it
 // only counts.
