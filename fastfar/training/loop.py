@@ -99,9 +99,7 @@ class Trainer:
         if self.state_path.exists():
             self._load()
         trim_log(folder, self.step)
-        self.backend = backend.resolve(recipe.backend)
-        if recipe.backend == "auto" and self.backend not in ("native", "torch"):
-            self.backend = "torch"  # FASTFAR_BACKEND names one that only samples
+        self.backend = backend.resolve("torch" if recipe.backend == "auto" else recipe.backend)
         self.dtype = torch.float32 if recipe.dtype == "float32" else torch.bfloat16
         if recipe.dtype == "auto":
             self.dtype = backend.best_dtype(self.backend, torch.device("cpu"))

@@ -32,8 +32,8 @@ class Recipe:
             `diffusion_loss`.
         ema_decay: with warm-up min(decay, (1 + n) / (10 + n)).
         dtype: "auto" (bfloat16 autocast where the machine has it), "bfloat16" or "float32".
-        backend: "native" (the kernels' forward and backward), "torch", or "auto": what
-            FASTFAR_BACKEND says, or else native where the library is. It may change within a run.
+        backend: "native" (the kernels' forward and backward), "torch", or "auto": "torch", which
+            was measured to be a little faster on the demo. It may change within a run.
         seed: with the step number it decides every draw, so a resumed run repeats nothing.
 
     Raises:
