@@ -41,13 +41,15 @@ def check(op: str, tensors: Mapping[str, Tensor | None]) -> None:
             raise TypeError(f"native {op}: {name} is {x.dtype}; give {ALLOWED}")
 
 
-def check_matrix(op: str, name: str, weight_NK: Tensor, n: int, k: int) -> None:
-    """Raises ValueError unless the weight, packed or not, is (n, k)."""
-    shape = tuple(weight_NK.shape)
-    if isinstance(weight_NK, PackedWeight):
-        shape = (weight_NK.out_features, weight_NK.in_features)
-    if shape != (n, k):
-        raise ValueError(f"native {op}: {name} is {shape}, expected {(n, k)}")
+def shapes(op: str, **tensors: tuple[Tensor, tuple[int, ...]]) -> None:
+    """Raises ValueError for a tensor, packed or not, of another shape."""
+    for what, (x, expected) in tensors.items():
+        if isinstance(x, PackedWeight):
+            shape: tuple[int, ...] = (x.out_features, x.in_features)
+        else:
+            shape = tuple(x.shape)
+        if shape != expected:
+            raise ValueError(f"native {op}: {what} is {shape}, expected {expected}")
 
 
 def compute_dtype(op: str, *weights: Tensor) -> torch.dtype:

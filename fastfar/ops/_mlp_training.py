@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastfar import _native
 from fastfar.ops import _launch, _training
+from fastfar.packing import packed
 
 
 def _shared(
@@ -47,9 +48,9 @@ def _forward(
         _launch.launch(
             "layernorm_mlp_residual",
             **_shared(x_MD, norm_weight, norm_bias, eps, len(fc1_bias), dtype),
-            fc1=_training.as_weight(fc1_weight, dtype),
+            fc1=packed(fc1_weight, dtype),
             fc1_bias=fc1_bias.contiguous(),
-            fc2=_training.as_weight(fc2_weight, dtype),
+            fc2=packed(fc2_weight, dtype),
             fc2_bias=fc2_bias.contiguous(),
             out_MD=out_MD,
         )
@@ -76,7 +77,7 @@ def _backward(
     _launch.launch(
         "layernorm_mlp_residual_backward",
         **_shared(x_MD, norm_weight, norm_bias, eps, len(fc1_bias), dtype),
-        fc1=_training.as_weight(fc1_weight, dtype),
+        fc1=packed(fc1_weight, dtype),
         fc1_bias=fc1_bias.contiguous(),
         fc1_transposed=_training.transposed(fc1_weight, dtype),
         fc2_transposed=_training.transposed(fc2_weight, dtype),
@@ -141,8 +142,8 @@ def layernorm_mlp_residual(
                "fc2_bias": fc2_bias}  # fmt: skip
     width, hidden = x_BSD.shape[-1], fc1_bias.shape[0]
     dtype = _training.product_dtype(name, fc1_weight, fc2_weight)
-    _training.floats(name, x=x_BSD, **vectors)
-    _training.shapes(
+    _launch.check(name, {"x": x_BSD, **vectors})
+    _launch.shapes(
         name,
         norm_weight=(norm_weight, (width,)),
         norm_bias=(norm_bias, (width,)),

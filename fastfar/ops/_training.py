@@ -31,33 +31,6 @@ def product_dtype(name: str, *weights: Tensor) -> torch.dtype:
     return dtype
 
 
-def floats(name: str, **tensors: Tensor) -> None:
-    """Raises TypeError or ValueError for what the native kernels do not read."""
-    for what, x in tensors.items():
-        if x.device.type != "cpu":
-            raise ValueError(f"native {name}: {what} is on {x.device}; give it on the CPU")
-        if x.dtype not in ALLOWED:
-            raise TypeError(f"native {name}: {what} is {x.dtype}; give float32 or bfloat16")
-
-
-def shapes(name: str, **tensors: tuple[Tensor, tuple[int, ...]]) -> None:
-    """Raises ValueError for a tensor of another shape."""
-    for what, (x, expected) in tensors.items():
-        if isinstance(x, PackedWeight):
-            shape: tuple[int, ...] = (x.out_features, x.in_features)
-        else:
-            shape = tuple(x.shape)
-        if shape != expected:
-            raise ValueError(f"native {name}: {what} is {shape}, expected {expected}")
-
-
-def as_weight(weight_NK: Tensor, dtype: torch.dtype) -> PackedWeight:
-    """The weight in tile order, for the products of one call."""
-    if isinstance(weight_NK, PackedWeight):
-        return weight_NK
-    return pack(weight_NK.detach(), dtype)
-
-
 def transposed(weight_NK: Tensor, dtype: torch.dtype) -> PackedWeight:
     """Its transpose in tile order: the weight of the gradient of the input."""
     return pack(weight_NK.detach().t(), dtype)

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastfar import _native
 from fastfar.ops import _launch, _training
 from fastfar.ops._registry import op
+from fastfar.packing import packed
 
 
 @op
@@ -103,9 +104,9 @@ def _block(
             gate_NW=gate_NW,
             norm_weight=norm_weight.contiguous(),
             norm_bias=norm_bias.contiguous(),
-            fc1=_training.as_weight(fc1_weight, dtype),
+            fc1=packed(fc1_weight, dtype),
             fc1_bias=fc1_bias.contiguous(),
-            fc2=_training.as_weight(fc2_weight, dtype),
+            fc2=packed(fc2_weight, dtype),
             fc2_bias=fc2_bias.contiguous(),
             h_NW=h_NW if keep else None,
             u_NW=u_NW if keep else None,
@@ -249,13 +250,14 @@ def _native_implementation(
     modulations = [shift_NW, scale_NW, gate_NW]
     vectors = [norm_weight, norm_bias, fc1_bias, fc2_bias]
     dtype = _training.product_dtype(name, fc1_weight, fc2_weight)
-    _training.floats(name, x=x_NW, shift=shift_NW, scale=scale_NW, gate=gate_NW,
-                     norm_weight=norm_weight, norm_bias=norm_bias, fc1_bias=fc1_bias,
-                     fc2_bias=fc2_bias)  # fmt: skip
+    floats = {"x": x_NW, "shift": shift_NW, "scale": scale_NW, "gate": gate_NW,
+              "norm_weight": norm_weight, "norm_bias": norm_bias, "fc1_bias": fc1_bias,
+              "fc2_bias": fc2_bias}  # fmt: skip
+    _launch.check(name, floats)
     if x_NW.dim() != 2:
         raise ValueError(f"native {name}: x is {tuple(x_NW.shape)}, expected (N, W)")
     rows, width = x_NW.shape
-    _training.shapes(
+    _launch.shapes(
         name,
         shift=(shift_NW, (rows, width)),
         scale=(scale_NW, (rows, width)),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastfar import _native
 from fastfar.diffusion import diffusion_tables
-from fastfar.ops import _training
+from fastfar.ops import _launch
 from fastfar.ops._registry import op
 
 _COLUMNS = ("recip", "recip_m1", "mean_x0", "mean_xt", "log_beta", "log_posterior")
@@ -211,11 +211,11 @@ def _native_implementation(
             *tensors, timestep_N, num_timesteps=num_timesteps
         )
         return plain
-    _training.floats(name, output=output_N2P, **constant)
+    _launch.check(name, {"output": output_N2P, **constant})
     if target_NP.dim() != 2:
         raise ValueError(f"native {name}: target is {tuple(target_NP.shape)}, expected (N, P)")
     rows, numbers = target_NP.shape
-    _training.shapes(
+    _launch.shapes(
         name,
         output=(output_N2P, (rows, 2 * numbers)),
         noise=(noise_NP, (rows, numbers)),

@@ -89,8 +89,11 @@ def _native_implementation(
     if x_BSD.dim() != 3 or num_heads < 1 or x_BSD.shape[-1] % num_heads != 0:
         raise ValueError(f"{num_heads} heads do not share {tuple(x_BSD.shape)} of (B, S, D) evenly")
     batch, length, width = x_BSD.shape
-    _launch.check_matrix(name, "qkv_weight", qkv_weight, 3 * width, width)
-    _launch.check_matrix(name, "proj_weight", proj_weight, width, width)
+    _launch.shapes(
+        name,
+        qkv_weight=(qkv_weight, (3 * width, width)),
+        proj_weight=(proj_weight, (width, width)),
+    )
     dtype = _launch.compute_dtype(name, qkv_weight, proj_weight)
     key_mask_BS = _launch.key_mask(name, key_mask_BS, batch, length)
     out_BSD = x_BSD.new_empty(x_BSD.shape)

@@ -66,7 +66,7 @@ def _native_implementation(
         return result
     _launch.check(name, tensors)
     k, n = x_BSD.shape[-1], len(bias)
-    _launch.check_matrix(name, "weight", weight, n, k)
+    _launch.shapes(name, weight=(weight, (n, k)))
     dtype = _launch.compute_dtype(name, weight)
     out_BSN = x_BSD.new_empty(*x_BSD.shape[:-1], n)
     if out_BSN.numel() > 0:

@@ -84,8 +84,11 @@ def _native_implementation(
         return result
     _launch.check(name, tensors)
     width, hidden = x_BSD.shape[-1], len(fc1_bias)
-    _launch.check_matrix(name, "fc1_weight", fc1_weight, hidden, width)
-    _launch.check_matrix(name, "fc2_weight", fc2_weight, width, hidden)
+    _launch.shapes(
+        name,
+        fc1_weight=(fc1_weight, (hidden, width)),
+        fc2_weight=(fc2_weight, (width, hidden)),
+    )
     dtype = _launch.compute_dtype(name, fc1_weight, fc2_weight)
     out_BSD = x_BSD.new_empty(x_BSD.shape)
     if out_BSD.numel() > 0:

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastfar import _native
 from fastfar.ops import _launch, _training
 from fastfar.ops._registry import op
+from fastfar.packing import packed
 
 
 @op
@@ -60,7 +61,7 @@ def _product(
             k=k,
             x_stride=x_MK.stride(0),
             x_MK=x_MK,
-            weight=_training.as_weight(weight, dtype),
+            weight=packed(weight, dtype),
             bias=bias.detach().float().contiguous(),
             out_MN=out_MN,
         )
@@ -135,9 +136,9 @@ def _native_implementation(x_MK: Tensor, weight: Tensor, bias: Tensor) -> Tensor
     """See `linear`."""
     name = "linear"
     dtype = _training.product_dtype(name, weight)
-    _training.floats(name, x=x_MK, bias=bias)
+    _launch.check(name, {"x": x_MK, "bias": bias})
     shape, n = x_MK.shape, bias.shape[0]
-    _training.shapes(name, weight=(weight, (n, shape[-1])), bias=(bias, (n,)))
+    _launch.shapes(name, weight=(weight, (n, shape[-1])), bias=(bias, (n,)))
     out_dtype = _training.autocast_dtype() or x_MK.dtype
     run = _forward if _training.wants_graph(x_MK, weight, bias) else _product
     if _training.is_packed(weight):
