@@ -115,11 +115,6 @@ inline void pack_values(const bf16* x, int64_t stride, int64_t width, int64_t co
   }
 }
 
-// For products that are suspended: they stay in blocks.
-struct NoEpilogue {
-  void row(int64_t, int64_t, int64_t, const float*) {}
-};
-
 // Scores of some queries in blocks of 32 x 32, those of a panel of 32 keys side by side.
 struct Scores {
   const float* c;

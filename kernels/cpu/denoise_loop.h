@@ -49,25 +49,21 @@ struct Buffers {
   int64_t bytes;
 
   Buffers(const Sizes& s, int64_t tokens, int64_t halves, int64_t ahead, char* scratch) {
-    char* const start = scratch;
     const int64_t rows = padded_rows(halves * tokens);
-    const auto cut = [&scratch](auto*& pointer, int64_t count) {
-      pointer = reinterpret_cast<decltype(+pointer)>(scratch);
-      scratch += ceil_div(count * static_cast<int64_t>(sizeof(*pointer)), 64) * 64;
-    };
-    cut(y, ahead * operand_size(rows, s.width));
-    cut(h, operand_size(rows, s.width));
-    cut(g, operand_size(rows, s.width));
-    cut(gate, (ahead > 1 ? ahead * s.depth : 1) * operand_size(rows, s.width));
-    cut(r, rows * s.stride);
-    cut(base, rows * s.stride);
-    cut(statistics, 2 * rows);
-    cut(out, rows * s.out_panels * kBlock);
-    cut(x, tokens * s.channels);
-    cut(x0, tokens * s.channels);
-    cut(z, operand_size(rows, s.condition));
-    cut(kept, ahead > 1 ? ahead * rows * kBlock * s.kept_panels() : 0);
-    bytes = scratch - start;
+    Arena arena{scratch};
+    y = arena.take<A>(ahead * operand_size(rows, s.width));
+    h = arena.take<A>(operand_size(rows, s.width));
+    g = arena.take<A>(operand_size(rows, s.width));
+    gate = arena.take<A>((ahead > 1 ? ahead * s.depth : 1) * operand_size(rows, s.width));
+    r = arena.take<float>(rows * s.stride);
+    base = arena.take<float>(rows * s.stride);
+    statistics = arena.take<float>(2 * rows);
+    out = arena.take<float>(rows * s.out_panels * kBlock);
+    x = arena.take<float>(tokens * s.channels);
+    x0 = arena.take<float>(tokens * s.channels);
+    z = arena.take<A>(operand_size(rows, s.condition));
+    kept = arena.take<float>(ahead > 1 ? ahead * rows * kBlock * s.kept_panels() : 0);
+    bytes = arena.used;
   }
 };
 
@@ -109,10 +105,10 @@ struct Modulate {
       store(out + j, fma((load(x + j) - mean) * rstd, scale, shift));
     }
   }
-  void prefetch(int64_t block, int64_t panel, int64_t row) const {
+  void expect(int64_t block, int64_t panel, int64_t row) const {
     const int64_t i = block * kBlock + row;
-    prefetch_line(r + i * stride + panel * kTile);
-    prefetch_line_to_write(at(h, depth, i, panel * kTile));
+    prefetch(r + i * stride + panel * kTile);
+    prefetch_to_write(at(h, depth, i, panel * kTile));
   }
 };
 
@@ -148,8 +144,8 @@ struct Silu {
       store(out + j, silu_for(out, load(c + j) + load(bias + panel * kBlock + j)));
     }
   }
-  void prefetch(int64_t block, int64_t panel, int64_t row) const {
-    prefetch_line_to_write(at(g, depth, block * kBlock + row, panel * kBlock));
+  void expect(int64_t block, int64_t panel, int64_t row) const {
+    prefetch_to_write(at(g, depth, block * kBlock + row, panel * kBlock));
   }
 };
 
@@ -176,8 +172,8 @@ struct KeepGate {
       store(out + j, load(c + j) + load(bias + panel * kBlock + j));
     }
   }
-  void prefetch(int64_t block, int64_t panel, int64_t row) const {
-    prefetch_line_to_write(at(gate, depth, block * kBlock + row, panel * kBlock));
+  void expect(int64_t block, int64_t panel, int64_t row) const {
+    prefetch_to_write(at(gate, depth, block * kBlock + row, panel * kBlock));
   }
 };
 
@@ -198,11 +194,11 @@ struct Gate {
       store(x + j, fma(load(factor + j), value, load(x + j)));
     }
   }
-  void prefetch(int64_t block, int64_t panel, int64_t row) const {
+  void expect(int64_t block, int64_t panel, int64_t row) const {
     const int64_t i = block * kBlock + row, column = panel * kBlock;
-    prefetch_line(at(gate, depth, i, column));
-    prefetch_line_to_write(r + i * stride + column);
-    prefetch_line_to_write(r + i * stride + column + kTile);
+    prefetch(at(gate, depth, i, column));
+    prefetch_to_write(r + i * stride + column);
+    prefetch_to_write(r + i * stride + column + kTile);
   }
 };
 

@@ -59,6 +59,20 @@ inline A* at(A* a, int64_t depth, int64_t row, int64_t column) {
   return a + tile * kTileSize + static_cast<int64_t>(r % kTile * kDepth + c % kDepth);
 }
 
+// Hands out parts of one block of memory, each at a multiple of 64 bytes. Started at nullptr, it
+// only counts.
+struct Arena {
+  char* base;
+  int64_t used = 0;
+
+  template <class T>
+  T* take(int64_t count) {
+    char* result = base == nullptr ? nullptr : base + used;
+    used += ceil_div(count * static_cast<int64_t>(sizeof(T)), 64) * 64;
+    return reinterpret_cast<T*>(result);
+  }
+};
+
 // Calls f(task, worker) for every task, on several threads.
 template <class F>
 inline void parallel_for(int32_t threads, int64_t count, const F& f) {
@@ -119,15 +133,15 @@ struct Segment {
   int64_t b_stride;        // numbers between panels
 };
 
-// An epilogue may have prefetch(block, panel, row), called for the rows of a block while its
+// An epilogue may have expect(block, panel, row), called for the rows of a block while its
 // product is being computed: for what row(...) will read from memory.
 template <class E>
-inline auto prefetch_row(const E& epilogue, int64_t block, int64_t panel, int64_t row, int)
-    -> decltype(epilogue.prefetch(block, panel, row)) {
-  epilogue.prefetch(block, panel, row);
+inline auto expect_row(const E& epilogue, int64_t block, int64_t panel, int64_t row, int)
+    -> decltype(epilogue.expect(block, panel, row)) {
+  epilogue.expect(block, panel, row);
 }
 template <class E>
-inline void prefetch_row(const E&, int64_t, int64_t, int64_t, long) {}
+inline void expect_row(const E&, int64_t, int64_t, int64_t, long) {}
 
 // The epilogue of a block whose product is done, row by row; `next_` is the block at work.
 template <class E>
@@ -139,7 +153,7 @@ struct Pending {
 
   void step(int64_t rows) {
     for (int64_t i = 0; i < rows && next_row < kBlock; ++i, ++next_row) {
-      prefetch_row(*epilogue, next_block, next_panel, next_row, 0);
+      expect_row(*epilogue, next_block, next_panel, next_row, 0);
     }
     for (; rows > 0 && row < kBlock; --rows, ++row) {
       epilogue->row(block, panel, row, c + row * kBlock);
@@ -148,15 +162,11 @@ struct Pending {
   void finish() { step(kBlock); }
 };
 
-// To the level-1 cache, where there is such an instruction: to read, or to write.
-inline void prefetch_line(const void* p) { __builtin_prefetch(p, 0, 3); }
-inline void prefetch_line_to_write(void* p) { __builtin_prefetch(p, 1, 3); }
-
 #ifdef FASTFAR_HAS_TILES
 
-// Two row tiles times one panel, added to tiles 0..3.
 constexpr int64_t kHeldSteps = 8;  // k tiles of a panel, 16 KB, that are to stay in L1
 
+// Two row tiles times one panel, added to tiles 0..3.
 template <class E>
 inline void add_product(const Segment<Bfloat16>& s, int64_t block, int64_t panel, int64_t lines,
                         int64_t rows_per_step, Pending<E>& pending) {
@@ -380,6 +390,11 @@ inline void multiply(const Segment<M>* segments, int count, int64_t blocks, int6
   }
   pending.finish();
 }
+
+// For products that are suspended: they stay in `partial`.
+struct NoEpilogue {
+  void row(int64_t, int64_t, int64_t, const float*) {}
+};
 
 }  // namespace
 }  // namespace FASTFAR_TARGET

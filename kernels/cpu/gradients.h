@@ -89,10 +89,6 @@ inline void to_transposed(const A* a, int64_t blocks, int64_t depth, A* out) {
   }
 }
 
-struct NoEpilogue {
-  void row(int64_t, int64_t, int64_t, const float*) {}
-};
-
 // Numbers of the sums of one group for an (n, k) matrix.
 inline int64_t gradient_size(int64_t n, int64_t k) { return padded_columns(n) * padded_columns(k); }
 

@@ -29,18 +29,12 @@ struct Plan {
     rows = larger(1, smaller(kMaxRows, kChunk / larger(1, args.channels)));
     chunks = ceil_div(args.positions, rows);
     channels_step = 2 * ceil_div(args.channels, 16) * 16;
-    char* const start = static_cast<char*>(args.scratch);
-    int64_t used = 0;
-    const auto cut = [&](auto*& pointer, int64_t count) {
-      // Where there is no scratch yet (its size is being asked for), the pointers are not used.
-      pointer = start == nullptr ? nullptr : reinterpret_cast<decltype(+pointer)>(start + used);
-      used += ceil_div(count * static_cast<int64_t>(sizeof(*pointer)), 64) * 64;
-    };
-    cut(moments, args.batch * chunks * args.groups * 2);
-    cut(totals, 2 * args.groups);
-    cut(factors, 3 * args.batch * args.channels);
-    cut(channels, args.threads * channels_step);
-    bytes = used;
+    Arena arena{static_cast<char*>(args.scratch)};
+    moments = arena.take<float>(args.batch * chunks * args.groups * 2);
+    totals = arena.take<double>(2 * args.groups);
+    factors = arena.take<float>(3 * args.batch * args.channels);
+    channels = arena.take<float>(args.threads * channels_step);
+    bytes = arena.used;
   }
 };
 
@@ -135,9 +129,6 @@ void merge(const fastfar_groupnorm_silu_args& args, const Plan& plan, int64_t im
   }
 }
 
-inline V activation(const float* /*type*/, V x) { return silu(x); }
-inline V activation(const bf16* /*type*/, V x) { return silu_for_bf16(x); }
-
 template <bool kSilu, class T>
 void apply(const T* x, T* y, int64_t rows, int64_t channels, const float* factors_3C) {
   const float *mean = factors_3C, *scale = mean + channels, *shift = scale + channels;
@@ -146,12 +137,12 @@ void apply(const T* x, T* y, int64_t rows, int64_t channels, const float* factor
 #pragma GCC unroll 4
     for (int64_t c = 0; c < whole; c += kLanes) {
       const V value = fma(load(x + c) - load(mean + c), load(scale + c), load(shift + c));
-      store(y + c, kSilu ? activation(x, value) : value);
+      store(y + c, kSilu ? silu_for(y, value) : value);
     }
     if (part != 0) {
       const V centred = load_part(x + whole, part) - load_part(mean + whole, part);
       const V value = fma(centred, load_part(scale + whole, part), load_part(shift + whole, part));
-      store_part(y + whole, kSilu ? activation(x, value) : value, part);
+      store_part(y + whole, kSilu ? silu_for(y, value) : value, part);
     }
   }
 }

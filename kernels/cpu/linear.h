@@ -16,20 +16,6 @@ constexpr int64_t kPartialBlocks = 400;     // of C between the pieces of K: 1.6
 constexpr int64_t kTasksPerThread = 4;      // so that threads of different speed end together
 constexpr int64_t kPiecedTasks = 2;         // where K is in pieces: each task reads all of A anew
 
-// Hands out parts of one block of memory, each at a multiple of 64 bytes. Started at nullptr, it
-// only counts.
-struct Arena {
-  char* base;
-  int64_t used = 0;
-
-  template <class T>
-  T* take(int64_t count) {
-    char* result = base == nullptr ? nullptr : base + used;
-    used += ceil_div(count * static_cast<int64_t>(sizeof(T)), 64) * 64;
-    return reinterpret_cast<T*>(result);
-  }
-};
-
 // How a product of `rows` x k by k x n is cut.
 struct LinearPlan {
   int64_t rows, panels, depth;
