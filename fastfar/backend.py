@@ -138,6 +138,26 @@ def _package_reason(name: str) -> str | None:
     return None
 
 
+@functools.cache
+def interpreting() -> bool:
+    """Whether Triton's kernels run in its interpreter, on CPU tensors: a mode for tests."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
+
+
+@functools.cache
+def architecture(device: torch.device | str) -> int:
+    """Of a GPU: 10 major + minor (90 is Hopper); AMD's gfx942 is 942, gfx90a 910. 0 for a CPU."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return 0
+    if torch.version.hip is not None:
+        name = str(torch.cuda.get_device_properties(device).gcnArchName)
+        number = name.split(":")[0].removeprefix("gfx")
+        return int(number) if number.isdecimal() else 910
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 # --- choices ---------------------------------------------------------------------------------
 
 
@@ -160,7 +180,7 @@ def native_library() -> _native.NativeLibrary:
 
 def backends() -> dict[str, str | None]:
     """Back ends: None = usable, else the reason it is off."""
-    triton = _cuda_reason() or _package_reason("triton") or "Triton kernels are not written yet"
+    triton = _package_reason("triton") or (None if interpreting() else _cuda_reason())
     return {"reference": None, "torch": None, "native": _native.reason(), "triton": triton}
 
 

@@ -20,6 +20,12 @@ from fastfar.model import FAR
 GOLDEN = Path(__file__).parent / "golden"
 
 
+def pytest_configure() -> None:
+    """Triton's interpreter where there is no GPU; read when the kernels are imported."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
     """Small tensors gain nothing from threads, and lose much where a neighbour is computing."""

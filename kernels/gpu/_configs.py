@@ -1,0 +1,101 @@
+"""Fixed configurations of the kernels, per architecture. Nothing is tuned while running.
+
+A captured graph must not time anything, and a served image must not wait for a search: so tiles
+and warps are data. They were chosen by the compiler's resource report (no spills) and by the cost
+model; `make test-gpu` and `fastfar bench --device cuda` measure them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+INTERPRETER = 0  # architecture of CPU tensors under Triton's interpreter
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tiles (constants of the kernel by name) and how a program is run."""
+
+    num_warps: int = 4
+    num_stages: int = 1
+    tiles: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keywords of a launch."""
+        return {**self.tiles, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def _c(num_warps: int, num_stages: int, **tiles: int) -> Config:
+    return Config(num_warps, num_stages, tiles)
+
+
+# (kernel, bytes of an operand) -> architecture -> configuration. An architecture that is not
+# listed takes the next lower one of the same vendor, or the lowest.
+_TABLE: dict[tuple[str, int], dict[int, Config]] = {
+    # --- products: BM x BN outputs, BK of the sum at a time -----------------------------------
+    ("gemm_linear", 2): {
+        80: _c(4, 3, BM=64, BN=128, BK=64, GROUP=8),
+        90: _c(4, 4, BM=64, BN=128, BK=64, GROUP=8),
+        942: _c(4, 2, BM=64, BN=64, BK=64, GROUP=8),
+    },
+    ("gemm_linear", 4): {
+        80: _c(4, 2, BM=64, BN=64, BK=32, GROUP=8),
+        942: _c(4, 2, BM=64, BN=64, BK=32, GROUP=8),
+    },
+    ("gemm_modulations", 2): {
+        80: _c(8, 3, BM=128, BN=128, BK=64, GROUP=8),
+        90: _c(8, 4, BM=128, BN=256, BK=64, GROUP=8),
+        942: _c(8, 2, BM=128, BN=128, BK=64, GROUP=8),
+    },
+    ("gemm_modulations", 4): {
+        80: _c(4, 2, BM=64, BN=64, BK=32, GROUP=8),
+        942: _c(4, 2, BM=64, BN=64, BK=32, GROUP=8),
+    },
+    # LN and scale in registers: a narrow row tile, since each of its numbers costs two loads.
+    ("gemm_modulated", 2): {
+        80: _c(4, 3, BM=64, BN=128, BK=64, GROUP=8),
+        942: _c(4, 2, BM=64, BN=64, BK=64, GROUP=8),
+    },
+    ("gemm_modulated", 4): {
+        80: _c(4, 2, BM=64, BN=64, BK=32, GROUP=8),
+        942: _c(4, 2, BM=64, BN=64, BK=32, GROUP=8),
+    },
+    ("gemm_gated", 2): {
+        80: _c(4, 3, BM=64, BN=128, BK=64, GROUP=8),
+        90: _c(4, 4, BM=64, BN=128, BK=64, GROUP=8),
+        942: _c(4, 2, BM=64, BN=64, BK=64, GROUP=8),
+    },
+    ("gemm_gated", 4): {
+        80: _c(4, 2, BM=64, BN=64, BK=32, GROUP=8),
+        942: _c(4, 2, BM=64, BN=64, BK=32, GROUP=8),
+    },
+}
+
+
+def config(kernel: str, arch: int, element_size: int) -> Config:
+    """The configuration of a kernel.
+
+    Args:
+        kernel: its name in the table.
+        arch: 80, 90, 100, 120 (NVIDIA: 10 major + minor), 942 (AMD), 0 (interpreter).
+        element_size: bytes of an operand: 2 or 4.
+
+    Raises:
+        KeyError: the kernel is not in the table.
+    """
+    table = _TABLE[kernel, element_size]
+    vendor = {known: each for known, each in table.items() if (known > 900) == (arch > 900)}
+    vendor = vendor or table
+    lower = [known for known in vendor if known <= arch]
+    return vendor[max(lower) if lower else min(vendor)]
+
+
+def precision(arch: int) -> str:
+    """How float32 operands are multiplied: three TF32 products, or plainly where there is none.
+
+    "tf32x3" splits each operand in two TF32 numbers and drops the product of the small parts:
+    about 21 bits, close to float32, on tensor cores.
+    """
+    return "ieee" if arch == INTERPRETER or arch > 900 else "tf32x3"
