@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import interpreter  # noqa: F401
 import pytest
 import torch
 from formula import fill_by_formula
@@ -18,12 +19,6 @@ from fastfar.config import FARConfig
 from fastfar.model import FAR
 
 GOLDEN = Path(__file__).parent / "golden"
-
-
-def pytest_configure() -> None:
-    """Triton's interpreter where there is no GPU; read when the kernels are imported."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,7 +2,8 @@
 
 A launching function writes into tensors that it is given. As a custom op it can be traced: on fake
 tensors it does nothing, and torch.compile sees what it reads and writes. Called on real tensors it
-is a plain function, since a custom op costs more than a small kernel.
+is a plain function, since a custom op costs more than a small kernel; and so it is where launches
+are recorded (kernels/gpu/_launch.py), on fake tensors too.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fastfar import backend
+from fastfar.kernels.gpu._launch import is_recording
 
 Params = ParamSpec("Params")
 
@@ -54,7 +56,7 @@ def kernel_op(
 
         @functools.wraps(function)
         def call(*args: Params.args, **kwargs: Params.kwargs) -> None:
-            if traced():
+            if traced() and not is_recording():
                 op(*args, **kwargs)
             else:
                 function(*args, **kwargs)

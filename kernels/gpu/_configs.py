@@ -34,6 +34,12 @@ def _c(num_warps: int, num_stages: int, **tiles: int) -> Config:
 # (kernel, bytes of an operand) -> architecture -> configuration. An architecture that is not
 # listed takes the next lower one of the same vendor, or the lowest.
 _TABLE: dict[tuple[str, int], dict[int, Config]] = {
+    # --- filter: BM positions or rows, BK of the sum, BF = channels x columns of the latent ---
+    ("filter_mask_patchify", 4): {80: _c(4, 2, BM=32, BK=16, BF=128)},
+    ("filter_mask_patchify_backward", 4): {80: _c(4, 1, BM=16, BK=32, BF=128)},
+    # --- row by row: TILE numbers, see `row_tile` ---------------------------------------------
+    ("hybrid_loss", 4): {80: _c(4, 1, TILE=1024)},
+    ("add_noise", 4): {80: _c(4, 1, TILE=1024)},
     # --- products: BM x BN outputs, BK of the sum at a time -----------------------------------
     ("gemm_linear", 2): {
         80: _c(4, 3, BM=64, BN=128, BK=64, GROUP=8),
@@ -71,6 +77,11 @@ _TABLE: dict[tuple[str, int], dict[int, Config]] = {
         80: _c(4, 2, BM=64, BN=64, BK=32, GROUP=8),
         942: _c(4, 2, BM=64, BN=64, BK=32, GROUP=8),
     },
+    # --- ends of a diffusion step: BM tokens a program, BK of the sum, BN of the next stream --
+    ("activate", 2): {80: _c(4, 1, BM=4, BN=1024)},
+    ("activate", 4): {80: _c(4, 1, BM=4, BN=1024)},
+    ("step", 2): {80: _c(4, 3, BM=16, BN=128, BK=128)},
+    ("step", 4): {80: _c(4, 2, BM=16, BN=64, BK=64)},
 }
 
 
@@ -90,6 +101,12 @@ def config(kernel: str, arch: int, element_size: int) -> Config:
     vendor = vendor or table
     lower = [known for known in vendor if known <= arch]
     return vendor[max(lower) if lower else min(vendor)]
+
+
+def row_tile(chosen: Config, numbers: int) -> dict[str, int]:
+    """BN rows and BP of the `numbers` of each, BN * BP = TILE, for a kernel that runs over rows."""
+    width = min(1 << (numbers - 1).bit_length(), 128)
+    return {"BN": chosen.tiles["TILE"] // width, "BP": width}
 
 
 def precision(arch: int) -> str:

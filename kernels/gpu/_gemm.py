@@ -40,7 +40,8 @@ def gemm_kernel(
     M,
     N,
     K,
-    shared_rows,
+    a_rows,
+    residual_rows,
     a_stride,
     out_stride,
     scale_stride,
@@ -73,7 +74,7 @@ def gemm_kernel(
     # Rows and columns beyond the end read the last one; they are not stored.
     safe_rows = tl.minimum(rows, M - 1)
     safe_columns = tl.minimum(columns, N - 1)
-    shared = safe_rows % shared_rows
+    shared = safe_rows % a_rows
     a_ptrs = a_ptr + shared.to(tl.int64)[:, None] * a_stride + depth[None, :]
     w_ptrs = w_ptr + safe_columns.to(tl.int64)[None, :] * K + depth[:, None]
     if statistics_ptr is not None:
@@ -118,6 +119,7 @@ def gemm_kernel(
         offsets = safe_rows.to(tl.int64)[:, None] * gate_stride + safe_columns[None, :]
         total *= tl.load(gate_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if residual_ptr is not None:
+        shared = safe_rows % residual_rows
         offsets = shared.to(tl.int64)[:, None] * residual_stride + safe_columns[None, :]
         total += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
 
@@ -206,6 +208,7 @@ def gemm(
         columns,
         depth,
         a_MK.shape[0],
+        rows if residual_MN is None else residual_MN.shape[0],
         _stride(a_MK),
         _stride(out_MN),
         _stride(scale_MK),

@@ -59,6 +59,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         kernel[grid](*args, **options)
 
 
+def is_recording() -> bool:
+    """Whether launches are being recorded here."""
+    return _recorded.get() is not None
+
+
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
     """Launches inside are appended to the list instead of run; tensors may be fake ones."""

@@ -62,7 +62,7 @@ def test_all_parts_together(kind: str, shared: bool, dtype: torch.dtype) -> None
     rows, columns, depth, tile, arch = 74, 200, 160, 64, 80
     given = rows // 2 if shared else rows
     h = draw(given, depth) + 3.0  # a mean far from zero
-    residual = draw(given, columns)
+    residual = draw(rows if kind == "gated" else given, columns)
     w, bias = draw(columns, depth, dtype=dtype), draw(columns)
     modulations = draw(rows, depth + 2 * columns, dtype=dtype)  # one tensor, read in place
     scale, addend, gate = modulations.split([depth, columns, columns], dim=1)
@@ -91,7 +91,7 @@ def test_all_parts_together(kind: str, shared: bool, dtype: torch.dtype) -> None
     repeats = rows // given
     normed = F.layer_norm(h.double(), (depth,), eps=1e-6).repeat(repeats, 1) * scale.double()
     y = F.silu(normed.to(dtype).double() @ w.double().T + bias.double() + addend.double())
-    truth = residual.double().repeat(repeats, 1) + gate.double() * y
+    truth = residual.double().repeat(rows // len(residual), 1) + gate.double() * y
     check(out.tensor, truth, dtype)
     check(copy.tensor, truth, dtype)
     assert torch.equal(out.tensor.to(dtype), copy.tensor)

@@ -1,0 +1,306 @@
+"""x + gate * (W_2 silu(W_1 (LN(x) (1 + scale) + shift) + b_1) + b_2): all but the two products.
+
+Without gradients three launches: LN and modulation, then each product with its epilogue. With
+gradients the products are cuBLAS's, and h = W_1 (...) + b_1 and u = W_2 silu(h) + b_2 are kept;
+backward these kernels run between them, in this order:
+
+    gate_backward       du = dout gate, dgate = dout u;              sums of du: b_2
+    silu_backward       dh = dg silu'(h), g = silu(h) once more;     sums of dh: b_1
+    modulate_backward   dx, dscale, a = LN(x) (1 + scale) + shift;   sums for the norm's vectors
+
+Every kernel keeps whole rows in registers; the modulations are read where they lie, be it as
+slices of one matrix.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ._gemm import gemm
+from ._launch import launch
+from ._math import silu
+from ._rows import (
+    load_row,
+    normalise,
+    normalise_backward,
+    row_options,
+    store_row,
+)
+
+
+@triton.jit
+def modulate_kernel(
+    x_NW,
+    shift_NW,
+    scale_NW,
+    weight_W,
+    bias_W,
+    a_NW,
+    width,
+    x_stride,
+    shift_stride,
+    scale_stride,
+    eps,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    keep = columns < width
+    n, _ = normalise(load_row(x_NW, row, x_stride, columns, keep), keep, width, eps)
+    y = n * load_row(weight_W, 0, 0, columns, keep) + load_row(bias_W, 0, 0, columns, keep)
+    scale = load_row(scale_NW, row, scale_stride, columns, keep)
+    shift = load_row(shift_NW, row, shift_stride, columns, keep)
+    store_row(a_NW, row, width, columns, keep, y * (1.0 + scale) + shift)
+
+
+@triton.jit
+def gate_kernel(
+    x_NW, gate_NW, u_NW, out_NW, width, x_stride, gate_stride, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    keep = columns < width
+    gate = load_row(gate_NW, row, gate_stride, columns, keep)
+    out = load_row(x_NW, row, x_stride, columns, keep)
+    out += gate * load_row(u_NW, row, width, columns, keep)
+    store_row(out_NW, row, width, columns, keep, out)
+
+
+@triton.jit
+def gate_backward_kernel(
+    dout_NW,
+    gate_NW,
+    u_NW,
+    du_NW,
+    dgate_NW,
+    partial_PW,
+    rows,
+    width,
+    dout_stride,
+    gate_stride,
+    BLOCK: tl.constexpr,
+):
+    first, step = tl.program_id(0), tl.num_programs(0)
+    columns = tl.arange(0, BLOCK)
+    keep = columns < width
+    total = tl.zeros((BLOCK,), tl.float32)
+    row = first.to(tl.int64)
+    for _ in range(first, rows, step):
+        dout = load_row(dout_NW, row, dout_stride, columns, keep)
+        du = dout * load_row(gate_NW, row, gate_stride, columns, keep)
+        total += du
+        store_row(du_NW, row, width, columns, keep, du)
+        dgate = dout * load_row(u_NW, row, width, columns, keep)
+        store_row(dgate_NW, row, width, columns, keep, dgate)
+        row += step
+    store_row(partial_PW, first.to(tl.int64), width, columns, keep, total)
+
+
+@triton.jit
+def silu_backward_kernel(
+    dg_NW, h_NW, dh_NW, g_NW, partial_PW, rows, width, BLOCK: tl.constexpr
+):
+    first, step = tl.program_id(0), tl.num_programs(0)
+    columns = tl.arange(0, BLOCK)
+    keep = columns < width
+    total = tl.zeros((BLOCK,), tl.float32)
+    row = first.to(tl.int64)
+    for _ in range(first, rows, step):
+        h = load_row(h_NW, row, width, columns, keep)
+        g = silu(h)
+        store_row(g_NW, row, width, columns, keep, g)
+        slope = tl.sigmoid(h) * (1.0 + h - g)
+        dh = load_row(dg_NW, row, width, columns, keep) * slope
+        total += dh
+        store_row(dh_NW, row, width, columns, keep, dh)
+        row += step
+    store_row(partial_PW, first.to(tl.int64), width, columns, keep, total)
+
+
+@triton.jit
+def modulate_backward_kernel(
+    dout_NW,
+    da_NW,
+    x_NW,
+    shift_NW,
+    scale_NW,
+    weight_W,
+    bias_W,
+    dx_NW,
+    dshift_NW,
+    dscale_NW,
+    a_NW,
+    partial_2PW,
+    rows,
+    width,
+    dout_stride,
+    x_stride,
+    shift_stride,
+    scale_stride,
+    eps,
+    BLOCK: tl.constexpr,
+):
+    first, step = tl.program_id(0), tl.num_programs(0)
+    columns = tl.arange(0, BLOCK)
+    keep = columns < width
+    weight = load_row(weight_W, 0, 0, columns, keep)
+    bias = load_row(bias_W, 0, 0, columns, keep)
+    dweight = tl.zeros((BLOCK,), tl.float32)
+    dbias = tl.zeros((BLOCK,), tl.float32)
+    row = first.to(tl.int64)
+    for _ in range(first, rows, step):
+        x = load_row(x_NW, row, x_stride, columns, keep)
+        n, rstd = normalise(x, keep, width, eps)
+        y = n * weight + bias
+        scale = 1.0 + load_row(scale_NW, row, scale_stride, columns, keep)
+        shift = load_row(shift_NW, row, shift_stride, columns, keep)
+        store_row(a_NW, row, width, columns, keep, y * scale + shift)
+        da = load_row(da_NW, row, width, columns, keep)
+        store_row(dshift_NW, row, width, columns, keep, da)
+        store_row(dscale_NW, row, width, columns, keep, da * y)
+        dy = da * scale
+        dweight += dy * n
+        dbias += dy
+        dx = normalise_backward(dy * weight, n, rstd, width)
+        dx += load_row(dout_NW, row, dout_stride, columns, keep)
+        store_row(dx_NW, row, width, columns, keep, dx)
+        row += step
+    store_row(partial_2PW, first.to(tl.int64), width, columns, keep, dweight)
+    store_row(partial_2PW, (first + step).to(tl.int64), width, columns, keep, dbias)
+
+
+# --- launchers: matrices have contiguous rows; those named out are contiguous -----------------
+
+
+def modulate(
+    x_NW: torch.Tensor,
+    shift_NW: torch.Tensor,
+    scale_NW: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    a_NW: torch.Tensor,
+    *,
+    eps: float,
+) -> None:
+    """a = LN(x) (1 + scale) + shift."""
+    rows, width = x_NW.shape
+    strides = [x.stride(0) for x in (x_NW, shift_NW, scale_NW)]
+    tensors = (x_NW, shift_NW, scale_NW, norm_weight, norm_bias, a_NW)
+    launch(modulate_kernel, (rows,), *tensors, width, *strides, eps, **row_options(width))
+
+
+def gated_residual(
+    x_NW: torch.Tensor, gate_NW: torch.Tensor, u_NW: torch.Tensor, out_NW: torch.Tensor
+) -> None:
+    """out = x + gate * u."""
+    rows, width = x_NW.shape
+    strides = x_NW.stride(0), gate_NW.stride(0)
+    tensors = (x_NW, gate_NW, u_NW, out_NW)
+    launch(gate_kernel, (rows,), *tensors, width, *strides, **row_options(width))
+
+
+def adaln_mlp_block(
+    x_NW: torch.Tensor,
+    shift_NW: torch.Tensor,
+    scale_NW: torch.Tensor,
+    gate_NW: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    fc1_weight: torch.Tensor,
+    fc1_bias: torch.Tensor,
+    fc2_weight: torch.Tensor,
+    fc2_bias: torch.Tensor,
+    a_NW: torch.Tensor,
+    g_NW: torch.Tensor,
+    out_NW: torch.Tensor,
+    *,
+    eps: float,
+    arch: int,
+) -> None:
+    """The block in three launches. a and g: scratch (N, W) in the dtype of the weights.
+
+    x, out and the modulations may be of other dtypes; out is the residual stream.
+    """
+    modulate(x_NW, shift_NW, scale_NW, norm_weight, norm_bias, a_NW, eps=eps)
+    gemm(a_NW, fc1_weight, g_NW, arch=arch, bias_N=fc1_bias, activation="silu")
+    gemm(
+        g_NW,
+        fc2_weight,
+        out_NW,
+        arch=arch,
+        kind="gated",
+        bias_N=fc2_bias,
+        gate_MN=gate_NW,
+        residual_MN=x_NW,
+    )
+
+
+def gate_backward(
+    dout_NW: torch.Tensor,
+    gate_NW: torch.Tensor,
+    u_NW: torch.Tensor,
+    du_NW: torch.Tensor,
+    dgate_NW: torch.Tensor,
+    partial_PW: torch.Tensor,
+) -> None:
+    """du = dout * gate, dgate = dout * u, and P partial column sums of du, float32."""
+    rows, width = dout_NW.shape
+    launch(
+        gate_backward_kernel,
+        (partial_PW.shape[0],),
+        *(dout_NW, gate_NW, u_NW, du_NW, dgate_NW, partial_PW),
+        *(rows, width, dout_NW.stride(0), gate_NW.stride(0)),
+        **row_options(width),
+    )
+
+
+def silu_backward(
+    dg_NW: torch.Tensor,
+    h_NW: torch.Tensor,
+    dh_NW: torch.Tensor,
+    g_NW: torch.Tensor,
+    partial_PW: torch.Tensor,
+) -> None:
+    """g = silu(h), dh = dg * silu'(h), and P partial column sums of dh; all contiguous."""
+    rows, width = h_NW.shape
+    launch(
+        silu_backward_kernel,
+        (partial_PW.shape[0],),
+        *(dg_NW, h_NW, dh_NW, g_NW, partial_PW),
+        *(rows, width),
+        **row_options(width),
+    )
+
+
+def modulate_backward(
+    dout_NW: torch.Tensor,
+    da_NW: torch.Tensor,
+    x_NW: torch.Tensor,
+    shift_NW: torch.Tensor,
+    scale_NW: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    dx_NW: torch.Tensor,
+    dshift_NW: torch.Tensor,
+    dscale_NW: torch.Tensor,
+    a_NW: torch.Tensor,
+    partial_2PW: torch.Tensor,
+    *,
+    eps: float,
+) -> None:
+    """Backward of `modulate`, to which dout is added; a as forward; da is contiguous.
+
+    partial_2PW: P partial column sums of the gradients of weight and bias, float32.
+    """
+    rows, width = x_NW.shape
+    strides = [x.stride(0) for x in (dout_NW, x_NW, shift_NW, scale_NW)]
+    launch(
+        modulate_backward_kernel,
+        (partial_2PW.shape[1],),
+        *(dout_NW, da_NW, x_NW, shift_NW, scale_NW, norm_weight, norm_bias),
+        *(dx_NW, dshift_NW, dscale_NW, a_NW, partial_2PW),
+        *(rows, width, *strides, eps),
+        **row_options(width),
+    )
