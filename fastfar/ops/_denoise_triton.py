@@ -18,8 +18,7 @@ from fastfar.ops._triton import architecture, kernel_op, kernels, traced
 
 EPS = 1e-6
 MOST_STEPS_AHEAD = 8
-# Rows from which one step's products fill a GPU: then nothing is gained by several steps at once,
-# nor by a second branch.
+# Rows from which the modulations of one step alone are a product large enough.
 MANY_ROWS = 8192
 
 
@@ -225,6 +224,14 @@ def _tiles(device: torch.device, dtype: torch.dtype) -> tuple[int, int]:
     return first, gated
 
 
+def _branches(head: FoldedHead, rows: int, device: torch.device) -> int:
+    """2 where the products of the serial chain leave multiprocessors idle, else 1."""
+    arch, size = backend.architecture(device), head.compute_dtype.itemsize
+    tiles = kernels("_gemm").gemm_config("gated", arch, size).tiles
+    programs = -(-rows // tiles["BM"]) * -(-head.width // tiles["BN"])
+    return 2 if programs < backend.gpu_facts(device).multiprocessors else 1
+
+
 def denoise(
     head: Mapping[str, Tensor],
     condition_MD: Tensor,
@@ -253,7 +260,7 @@ def denoise(
     if chunk is None:
         chunk = steps_ahead(rows, columns, head.compute_dtype.itemsize, gpu.l2_bytes, steps)
     if branches is None:
-        branches = 2 if rows < MANY_ROWS and device.type == "cuda" and not traced() else 1
+        branches = 1 if device.type != "cuda" or traced() else _branches(head, rows, device)
 
     base_MW = torch.empty(rows, head.width, dtype=torch.float32, device=device)
     bias = torch.add(head["cond_embed.bias"], head["level.weight"], alpha=float(level))

@@ -23,7 +23,7 @@ class Item:
         kind: MODULATE or STEP.
         index: of the chunk, or of the step in the order of sampling.
         slot: the buffer of modulations that it writes (MODULATE) or reads (STEP).
-        branch: 0 is the caller's stream, 1 the second one; entries of a branch run in order.
+        branch: 0 is the serial chain, 1 the modulations ahead of it; a branch runs in order.
         after: positions of entries of the other branch that must have ended before.
     """
 
@@ -67,17 +67,19 @@ def schedule(steps: int, chunk: int, branches: int = 1) -> list[Item]:
 
 
 def run(items: Sequence[Item], execute: Callable[[Item], None], device: torch.device) -> None:
-    """Execute all entries: on the current stream, and where there is a second branch on another.
+    """Execute all entries on the current stream, or with two branches on this and another one.
 
-    Streams fork from the current one and join it again, so this can be captured in a CUDA graph.
+    The chain of steps then has the other stream, of high priority: its small products must not
+    wait behind the large ones. It forks from the current stream and joins it again, so this can be
+    captured in a CUDA graph, which keeps the priorities.
     """
     if all(item.branch == 0 for item in items):
         for item in items:
             execute(item)
         return
     main = torch.cuda.current_stream(device)
-    streams = (main, torch.cuda.Stream(device))
-    streams[1].wait_stream(main)
+    streams = (torch.cuda.Stream(device, priority=-1), main)
+    streams[0].wait_stream(main)
     awaited = {position for item in items for position in item.after}
     done: dict[int, torch.cuda.Event] = {}
     for position, item in enumerate(items):
@@ -88,4 +90,4 @@ def run(items: Sequence[Item], execute: Callable[[Item], None], device: torch.de
             execute(item)
         if position in awaited:
             done[position] = stream.record_event()
-    main.wait_stream(streams[1])
+    main.wait_stream(streams[0])

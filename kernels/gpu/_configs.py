@@ -41,9 +41,13 @@ _TABLE: dict[tuple[str, int], dict[int, Config]] = {
     ("hybrid_loss", 4): {80: _c(4, 1, TILE=1024)},
     ("add_noise", 4): {80: _c(4, 1, TILE=1024)},
     # --- products: BM x BN outputs, BK of the sum at a time -----------------------------------
+    # At batch 1 the modulations of the next steps run beside the chain of products of this one. So
+    # a program of either kind must leave room for one of the other on a multiprocessor: registers
+    # (65536) and shared memory (228 KB on sm_90) of "modulations" and "modulated" or "gated" add up.
     ("gemm_linear", 2): {
         80: _c(4, 3, BM=64, BN=128, BK=64, GROUP=8),
         90: _c(4, 4, BM=64, BN=128, BK=64, GROUP=8),
+        120: _c(4, 3, BM=64, BN=128, BK=64, GROUP=8),
         942: _c(4, 2, BM=64, BN=64, BK=64, GROUP=8),
     },
     ("gemm_linear", 4): {
@@ -52,16 +56,19 @@ _TABLE: dict[tuple[str, int], dict[int, Config]] = {
     },
     ("gemm_modulations", 2): {
         80: _c(8, 3, BM=128, BN=128, BK=64, GROUP=8),
-        90: _c(8, 4, BM=128, BN=256, BK=64, GROUP=8),
+        90: _c(8, 4, BM=128, BN=128, BK=64, GROUP=8),
+        120: _c(8, 3, BM=128, BN=128, BK=32, GROUP=8),
         942: _c(8, 2, BM=128, BN=128, BK=64, GROUP=8),
     },
     ("gemm_modulations", 4): {
         80: _c(4, 2, BM=64, BN=64, BK=32, GROUP=8),
         942: _c(4, 2, BM=64, BN=64, BK=32, GROUP=8),
     },
-    # LN and scale in registers: a narrow row tile, since each of its numbers costs two loads.
     ("gemm_modulated", 2): {
-        80: _c(4, 3, BM=64, BN=128, BK=64, GROUP=8),
+        80: _c(4, 3, BM=64, BN=64, BK=64, GROUP=8),
+        90: _c(8, 3, BM=64, BN=128, BK=64, GROUP=8),
+        100: _c(4, 3, BM=64, BN=128, BK=64, GROUP=8),
+        120: _c(4, 3, BM=64, BN=64, BK=64, GROUP=8),
         942: _c(4, 2, BM=64, BN=64, BK=64, GROUP=8),
     },
     ("gemm_modulated", 4): {
@@ -69,8 +76,10 @@ _TABLE: dict[tuple[str, int], dict[int, Config]] = {
         942: _c(4, 2, BM=64, BN=64, BK=32, GROUP=8),
     },
     ("gemm_gated", 2): {
-        80: _c(4, 3, BM=64, BN=128, BK=64, GROUP=8),
-        90: _c(4, 4, BM=64, BN=128, BK=64, GROUP=8),
+        80: _c(4, 3, BM=64, BN=64, BK=64, GROUP=8),
+        90: _c(8, 3, BM=64, BN=128, BK=64, GROUP=8),
+        100: _c(4, 3, BM=64, BN=128, BK=64, GROUP=8),
+        120: _c(4, 3, BM=64, BN=64, BK=64, GROUP=8),
         942: _c(4, 2, BM=64, BN=64, BK=64, GROUP=8),
     },
     ("gemm_gated", 4): {
