@@ -27,16 +27,23 @@ class Config:
         return {**self.tiles, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-def _c(num_warps: int, num_stages: int, **tiles: int) -> Config:
+def _c(num_warps: int = 4, num_stages: int = 1, **tiles: int) -> Config:
     return Config(num_warps, num_stages, tiles)
 
 
 # (kernel, bytes of an operand) -> architecture -> configuration. An architecture that is not
-# listed takes the next lower one of the same vendor, or the lowest.
+# listed takes the next lower one of the same vendor, or the lowest. The interpreter (0) has small
+# tiles, since tests have small sizes.
 _TABLE: dict[tuple[str, int], dict[int, Config]] = {
     # --- filter: BM positions or rows, BK of the sum, BF = channels x columns of the latent ---
-    ("filter_mask_patchify", 4): {80: _c(4, 2, BM=32, BK=16, BF=128)},
-    ("filter_mask_patchify_backward", 4): {80: _c(4, 1, BM=16, BK=32, BF=128)},
+    ("filter_mask_patchify", 4): {
+        INTERPRETER: _c(4, 1, BM=128, BK=16, BF=256),
+        80: _c(4, 2, BM=32, BK=16, BF=128),
+    },
+    ("filter_mask_patchify_backward", 4): {
+        INTERPRETER: _c(4, 1, BM=16, BK=128, BF=256),
+        80: _c(4, 1, BM=16, BK=32, BF=128),
+    },
     # --- row by row: TILE numbers, see `row_tile` ---------------------------------------------
     ("hybrid_loss", 4): {80: _c(4, 1, TILE=1024)},
     ("add_noise", 4): {80: _c(4, 1, TILE=1024)},
@@ -45,26 +52,31 @@ _TABLE: dict[tuple[str, int], dict[int, Config]] = {
     # a program of either kind must leave room for one of the other on a multiprocessor: registers
     # (65536) and shared memory (228 KB on sm_90) of "modulations" and "modulated" or "gated" add up.
     ("gemm_linear", 2): {
+        0: _c(BM=32, BN=64, BK=64, GROUP=8),
         80: _c(4, 3, BM=64, BN=128, BK=64, GROUP=8),
         90: _c(4, 4, BM=64, BN=128, BK=64, GROUP=8),
         120: _c(4, 3, BM=64, BN=128, BK=64, GROUP=8),
         942: _c(4, 2, BM=64, BN=64, BK=64, GROUP=8),
     },
     ("gemm_linear", 4): {
+        0: _c(BM=32, BN=64, BK=64, GROUP=8),
         80: _c(4, 2, BM=64, BN=64, BK=32, GROUP=8),
         942: _c(4, 2, BM=64, BN=64, BK=32, GROUP=8),
     },
     ("gemm_modulations", 2): {
+        0: _c(BM=32, BN=64, BK=64, GROUP=8),
         80: _c(8, 3, BM=128, BN=128, BK=64, GROUP=8),
         90: _c(8, 4, BM=128, BN=128, BK=64, GROUP=8),
         120: _c(8, 3, BM=128, BN=128, BK=32, GROUP=8),
         942: _c(8, 2, BM=128, BN=128, BK=64, GROUP=8),
     },
     ("gemm_modulations", 4): {
+        0: _c(BM=32, BN=64, BK=64, GROUP=8),
         80: _c(4, 2, BM=64, BN=64, BK=32, GROUP=8),
         942: _c(4, 2, BM=64, BN=64, BK=32, GROUP=8),
     },
     ("gemm_modulated", 2): {
+        0: _c(BM=32, BN=64, BK=64, GROUP=8),
         80: _c(4, 3, BM=64, BN=64, BK=64, GROUP=8),
         90: _c(8, 3, BM=64, BN=128, BK=64, GROUP=8),
         100: _c(4, 3, BM=64, BN=128, BK=64, GROUP=8),
@@ -72,10 +84,12 @@ _TABLE: dict[tuple[str, int], dict[int, Config]] = {
         942: _c(4, 2, BM=64, BN=64, BK=64, GROUP=8),
     },
     ("gemm_modulated", 4): {
+        0: _c(BM=32, BN=64, BK=64, GROUP=8),
         80: _c(4, 2, BM=64, BN=64, BK=32, GROUP=8),
         942: _c(4, 2, BM=64, BN=64, BK=32, GROUP=8),
     },
     ("gemm_gated", 2): {
+        0: _c(BM=32, BN=64, BK=64, GROUP=8),
         80: _c(4, 3, BM=64, BN=64, BK=64, GROUP=8),
         90: _c(8, 3, BM=64, BN=128, BK=64, GROUP=8),
         100: _c(4, 3, BM=64, BN=128, BK=64, GROUP=8),
@@ -83,14 +97,15 @@ _TABLE: dict[tuple[str, int], dict[int, Config]] = {
         942: _c(4, 2, BM=64, BN=64, BK=64, GROUP=8),
     },
     ("gemm_gated", 4): {
+        0: _c(BM=32, BN=64, BK=64, GROUP=8),
         80: _c(4, 2, BM=64, BN=64, BK=32, GROUP=8),
         942: _c(4, 2, BM=64, BN=64, BK=32, GROUP=8),
     },
     # --- ends of a diffusion step: BM tokens a program, BK of the sum, BN of the next stream --
-    ("activate", 2): {80: _c(4, 1, BM=4, BN=1024)},
-    ("activate", 4): {80: _c(4, 1, BM=4, BN=1024)},
-    ("step", 2): {80: _c(4, 3, BM=16, BN=128, BK=128)},
-    ("step", 4): {80: _c(4, 2, BM=16, BN=64, BK=64)},
+    ("activate", 2): {0: _c(BM=32, BN=64), 80: _c(4, 1, BM=4, BN=1024)},
+    ("activate", 4): {0: _c(BM=32, BN=64), 80: _c(4, 1, BM=4, BN=1024)},
+    ("step", 2): {0: _c(BM=16, BN=64, BK=64), 80: _c(4, 3, BM=16, BN=128, BK=128)},
+    ("step", 4): {0: _c(BM=16, BN=64, BK=64), 80: _c(4, 2, BM=16, BN=64, BK=64)},
 }
 
 

@@ -1,8 +1,9 @@
-"""What the kernels that keep a whole row in registers share: LayerNorm, its backward, column sums.
+"""What the kernels that keep whole rows in registers share: LayerNorm, its backward, column sums.
 
-A program holds one row at a time, padded to a power of two; lanes beyond the row are 0. Sums over
-rows (gradients of vectors) need no atomics: each program adds up its own rows and writes one
-partial sum, and `column_sums` adds those in a fixed order, so results repeat bit for bit.
+A program holds ROWS rows at a time (one on a GPU), padded to a power of two; beyond the end they
+are 0. Sums over rows (gradients of vectors) need no atomics: each program adds up its own rows and
+writes one partial sum, and `column_sums` adds those in a fixed order, so results repeat bit for
+bit.
 """
 
 from __future__ import annotations
@@ -13,50 +14,81 @@ import torch
 import triton
 import triton.language as tl
 
+from ._configs import INTERPRETER
 from ._launch import launch
 
 MAX_WIDTH = 16384  # numbers of a row that one program can hold
 
 
-def row_options(width: int) -> dict[str, Any]:
+def row_options(width: int, arch: int) -> dict[str, Any]:
     """Constants of a launch for rows of this width: 8 numbers a thread, 16 bytes of bfloat16.
+
+    The interpreter takes the time that a program has instructions, however many rows it holds.
 
     Raises ValueError where a row does not fit in one program.
     """
     if width > MAX_WIDTH:
         raise ValueError(f"rows of {width} numbers; a program holds at most {MAX_WIDTH}")
     block = triton.next_power_of_2(max(width, 1))
-    return {"BLOCK": block, "num_warps": min(max(block // 256, 1), 16)}
+    rows = 4 if arch == INTERPRETER else 1
+    return {"ROWS": rows, "BLOCK": block, "num_warps": min(max(block // 256, 1), 16)}
+
+
+def tiles(rows: int, options: dict[str, Any]) -> tuple[int]:
+    """The grid of a kernel whose programs take ROWS rows each."""
+    return (triton.cdiv(rows, options["ROWS"]),)
 
 
 def programs(rows: int) -> int:
     """How many programs share the rows where partial sums are kept: the same on every device."""
-    return max(1, min(-(-rows // 4), 512))
+    return max(1, min(triton.cdiv(rows, 4), 512))
 
 
 @triton.jit
-def load_row(pointer, row, stride, columns, keep):
-    """Row `row` as float32; row and so its offset is int64."""
-    return tl.load(pointer + row * stride + columns, mask=keep, other=0.0).to(tl.float32)
+def tile_of(tile, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Tile number `tile`: its rows (ROWS, 1), int64, its columns (1, BLOCK), and what is inside."""
+    index = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    columns = tl.arange(0, BLOCK)[None, :]
+    return index, columns, (index < rows) & (columns < width)
 
 
 @triton.jit
-def store_row(pointer, row, stride, columns, keep, value):
-    tl.store(pointer + row * stride + columns, value.to(pointer.dtype.element_ty), mask=keep)
+def load_rows(pointer, index, stride, columns, keep):
+    """Rows `index` (int64) as float32."""
+    return tl.load(pointer + index * stride + columns, mask=keep, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_rows(pointer, index, stride, columns, keep, value):
+    tl.store(pointer + index * stride + columns, value.to(pointer.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def load_vector(pointer, columns, width):
+    """(1, BLOCK) numbers that all rows share, as float32."""
+    return tl.load(pointer + columns, mask=columns < width, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_partial(partial_PD, program, columns, width, total):
+    """The sum over the rows of `total` as row `program`."""
+    sums = tl.sum(total, axis=0)[None, :]
+    tl.store(partial_PD + program.to(tl.int64) * width + columns, sums, mask=columns < width)
 
 
 @triton.jit
 def normalise(x, keep, width, eps):
     """(x - mean) / sqrt(var + eps) and 1 / sqrt(var + eps); two passes, over registers."""
-    centred = tl.where(keep, x - tl.sum(x, axis=0) / width, 0.0)
-    rstd = tl.math.rsqrt(tl.sum(centred * centred, axis=0) / width + eps)
+    centred = tl.where(keep, x - tl.sum(x, axis=1)[:, None] / width, 0.0)
+    rstd = tl.math.rsqrt(tl.sum(centred * centred, axis=1)[:, None] / width + eps)
     return centred * rstd, rstd
 
 
 @triton.jit
 def normalise_backward(dn, n, rstd, width):
     """Gradient of x from the gradient of n = normalise(x); both are 0 beyond the row."""
-    return rstd * (dn - tl.sum(dn, axis=0) / width - n * (tl.sum(dn * n, axis=0) / width))
+    mean = tl.sum(dn, axis=1)[:, None] / width
+    return rstd * (dn - mean - n * (tl.sum(dn * n, axis=1)[:, None] / width))
 
 
 @triton.jit

@@ -22,11 +22,15 @@ from ._gemm import gemm
 from ._launch import launch
 from ._math import silu
 from ._rows import (
-    load_row,
+    load_rows,
+    load_vector,
     normalise,
     normalise_backward,
     row_options,
-    store_row,
+    store_partial,
+    store_rows,
+    tile_of,
+    tiles,
 )
 
 
@@ -38,34 +42,41 @@ def modulate_kernel(
     weight_W,
     bias_W,
     a_NW,
+    rows,
     width,
     x_stride,
     shift_stride,
     scale_stride,
     eps,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    keep = columns < width
-    n, _ = normalise(load_row(x_NW, row, x_stride, columns, keep), keep, width, eps)
-    y = n * load_row(weight_W, 0, 0, columns, keep) + load_row(bias_W, 0, 0, columns, keep)
-    scale = load_row(scale_NW, row, scale_stride, columns, keep)
-    shift = load_row(shift_NW, row, shift_stride, columns, keep)
-    store_row(a_NW, row, width, columns, keep, y * (1.0 + scale) + shift)
+    row, columns, keep = tile_of(tl.program_id(0), rows, width, ROWS, BLOCK)
+    n, _ = normalise(load_rows(x_NW, row, x_stride, columns, keep), keep, width, eps)
+    y = n * load_vector(weight_W, columns, width) + load_vector(bias_W, columns, width)
+    scale = load_rows(scale_NW, row, scale_stride, columns, keep)
+    shift = load_rows(shift_NW, row, shift_stride, columns, keep)
+    store_rows(a_NW, row, width, columns, keep, y * (1.0 + scale) + shift)
 
 
 @triton.jit
 def gate_kernel(
-    x_NW, gate_NW, u_NW, out_NW, width, x_stride, gate_stride, BLOCK: tl.constexpr
+    x_NW,
+    gate_NW,
+    u_NW,
+    out_NW,
+    rows,
+    width,
+    x_stride,
+    gate_stride,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    keep = columns < width
-    gate = load_row(gate_NW, row, gate_stride, columns, keep)
-    out = load_row(x_NW, row, x_stride, columns, keep)
-    out += gate * load_row(u_NW, row, width, columns, keep)
-    store_row(out_NW, row, width, columns, keep, out)
+    row, columns, keep = tile_of(tl.program_id(0), rows, width, ROWS, BLOCK)
+    gate = load_rows(gate_NW, row, gate_stride, columns, keep)
+    out = load_rows(x_NW, row, x_stride, columns, keep)
+    out += gate * load_rows(u_NW, row, width, columns, keep)
+    store_rows(out_NW, row, width, columns, keep, out)
 
 
 @triton.jit
@@ -80,43 +91,50 @@ def gate_backward_kernel(
     width,
     dout_stride,
     gate_stride,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     first, step = tl.program_id(0), tl.num_programs(0)
-    columns = tl.arange(0, BLOCK)
-    keep = columns < width
-    total = tl.zeros((BLOCK,), tl.float32)
-    row = first.to(tl.int64)
-    for _ in range(first, rows, step):
-        dout = load_row(dout_NW, row, dout_stride, columns, keep)
-        du = dout * load_row(gate_NW, row, gate_stride, columns, keep)
+    row, columns, keep = tile_of(first, rows, width, ROWS, BLOCK)
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for _ in range(first * ROWS, rows, step * ROWS):
+        dout = load_rows(dout_NW, row, dout_stride, columns, keep)
+        du = dout * load_rows(gate_NW, row, gate_stride, columns, keep)
         total += du
-        store_row(du_NW, row, width, columns, keep, du)
-        dgate = dout * load_row(u_NW, row, width, columns, keep)
-        store_row(dgate_NW, row, width, columns, keep, dgate)
-        row += step
-    store_row(partial_PW, first.to(tl.int64), width, columns, keep, total)
+        store_rows(du_NW, row, width, columns, keep, du)
+        dgate = dout * load_rows(u_NW, row, width, columns, keep)
+        store_rows(dgate_NW, row, width, columns, keep, dgate)
+        row += step * ROWS
+        keep = (row < rows) & (columns < width)
+    store_partial(partial_PW, first, columns, width, total)
 
 
 @triton.jit
 def silu_backward_kernel(
-    dg_NW, h_NW, dh_NW, g_NW, partial_PW, rows, width, BLOCK: tl.constexpr
+    dg_NW,
+    h_NW,
+    dh_NW,
+    g_NW,
+    partial_PW,
+    rows,
+    width,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     first, step = tl.program_id(0), tl.num_programs(0)
-    columns = tl.arange(0, BLOCK)
-    keep = columns < width
-    total = tl.zeros((BLOCK,), tl.float32)
-    row = first.to(tl.int64)
-    for _ in range(first, rows, step):
-        h = load_row(h_NW, row, width, columns, keep)
+    row, columns, keep = tile_of(first, rows, width, ROWS, BLOCK)
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for _ in range(first * ROWS, rows, step * ROWS):
+        h = load_rows(h_NW, row, width, columns, keep)
         g = silu(h)
-        store_row(g_NW, row, width, columns, keep, g)
+        store_rows(g_NW, row, width, columns, keep, g)
         slope = tl.sigmoid(h) * (1.0 + h - g)
-        dh = load_row(dg_NW, row, width, columns, keep) * slope
+        dh = load_rows(dg_NW, row, width, columns, keep) * slope
         total += dh
-        store_row(dh_NW, row, width, columns, keep, dh)
-        row += step
-    store_row(partial_PW, first.to(tl.int64), width, columns, keep, total)
+        store_rows(dh_NW, row, width, columns, keep, dh)
+        row += step * ROWS
+        keep = (row < rows) & (columns < width)
+    store_partial(partial_PW, first, columns, width, total)
 
 
 @triton.jit
@@ -140,35 +158,34 @@ def modulate_backward_kernel(
     shift_stride,
     scale_stride,
     eps,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     first, step = tl.program_id(0), tl.num_programs(0)
-    columns = tl.arange(0, BLOCK)
-    keep = columns < width
-    weight = load_row(weight_W, 0, 0, columns, keep)
-    bias = load_row(bias_W, 0, 0, columns, keep)
-    dweight = tl.zeros((BLOCK,), tl.float32)
-    dbias = tl.zeros((BLOCK,), tl.float32)
-    row = first.to(tl.int64)
-    for _ in range(first, rows, step):
-        x = load_row(x_NW, row, x_stride, columns, keep)
+    row, columns, keep = tile_of(first, rows, width, ROWS, BLOCK)
+    weight, bias = load_vector(weight_W, columns, width), load_vector(bias_W, columns, width)
+    dweight = tl.zeros((ROWS, BLOCK), tl.float32)
+    dbias = tl.zeros((ROWS, BLOCK), tl.float32)
+    for _ in range(first * ROWS, rows, step * ROWS):
+        x = load_rows(x_NW, row, x_stride, columns, keep)
         n, rstd = normalise(x, keep, width, eps)
         y = n * weight + bias
-        scale = 1.0 + load_row(scale_NW, row, scale_stride, columns, keep)
-        shift = load_row(shift_NW, row, shift_stride, columns, keep)
-        store_row(a_NW, row, width, columns, keep, y * scale + shift)
-        da = load_row(da_NW, row, width, columns, keep)
-        store_row(dshift_NW, row, width, columns, keep, da)
-        store_row(dscale_NW, row, width, columns, keep, da * y)
+        scale = 1.0 + load_rows(scale_NW, row, scale_stride, columns, keep)
+        shift = load_rows(shift_NW, row, shift_stride, columns, keep)
+        store_rows(a_NW, row, width, columns, keep, y * scale + shift)
+        da = load_rows(da_NW, row, width, columns, keep)
+        store_rows(dshift_NW, row, width, columns, keep, da)
+        store_rows(dscale_NW, row, width, columns, keep, da * y)
         dy = da * scale
         dweight += dy * n
         dbias += dy
         dx = normalise_backward(dy * weight, n, rstd, width)
-        dx += load_row(dout_NW, row, dout_stride, columns, keep)
-        store_row(dx_NW, row, width, columns, keep, dx)
-        row += step
-    store_row(partial_2PW, first.to(tl.int64), width, columns, keep, dweight)
-    store_row(partial_2PW, (first + step).to(tl.int64), width, columns, keep, dbias)
+        dx += load_rows(dout_NW, row, dout_stride, columns, keep)
+        store_rows(dx_NW, row, width, columns, keep, dx)
+        row += step * ROWS
+        keep = (row < rows) & (columns < width)
+    store_partial(partial_2PW, first, columns, width, dweight)
+    store_partial(partial_2PW, first + step, columns, width, dbias)
 
 
 # --- launchers: matrices have contiguous rows; those named out are contiguous -----------------
@@ -183,22 +200,31 @@ def modulate(
     a_NW: torch.Tensor,
     *,
     eps: float,
+    arch: int,
 ) -> None:
     """a = LN(x) (1 + scale) + shift."""
     rows, width = x_NW.shape
     strides = [x.stride(0) for x in (x_NW, shift_NW, scale_NW)]
     tensors = (x_NW, shift_NW, scale_NW, norm_weight, norm_bias, a_NW)
-    launch(modulate_kernel, (rows,), *tensors, width, *strides, eps, **row_options(width))
+    options = row_options(width, arch)
+    grid = tiles(rows, options)
+    launch(modulate_kernel, grid, *tensors, rows, width, *strides, eps, **options)
 
 
 def gated_residual(
-    x_NW: torch.Tensor, gate_NW: torch.Tensor, u_NW: torch.Tensor, out_NW: torch.Tensor
+    x_NW: torch.Tensor,
+    gate_NW: torch.Tensor,
+    u_NW: torch.Tensor,
+    out_NW: torch.Tensor,
+    *,
+    arch: int,
 ) -> None:
     """out = x + gate * u."""
     rows, width = x_NW.shape
     strides = x_NW.stride(0), gate_NW.stride(0)
     tensors = (x_NW, gate_NW, u_NW, out_NW)
-    launch(gate_kernel, (rows,), *tensors, width, *strides, **row_options(width))
+    options = row_options(width, arch)
+    launch(gate_kernel, tiles(rows, options), *tensors, rows, width, *strides, **options)
 
 
 def adaln_mlp_block(
@@ -223,7 +249,7 @@ def adaln_mlp_block(
 
     x, out and the modulations may be of other dtypes; out is the residual stream.
     """
-    modulate(x_NW, shift_NW, scale_NW, norm_weight, norm_bias, a_NW, eps=eps)
+    modulate(x_NW, shift_NW, scale_NW, norm_weight, norm_bias, a_NW, eps=eps, arch=arch)
     gemm(a_NW, fc1_weight, g_NW, arch=arch, bias_N=fc1_bias, activation="silu")
     gemm(
         g_NW,
@@ -244,6 +270,8 @@ def gate_backward(
     du_NW: torch.Tensor,
     dgate_NW: torch.Tensor,
     partial_PW: torch.Tensor,
+    *,
+    arch: int,
 ) -> None:
     """du = dout * gate, dgate = dout * u, and P partial column sums of du, float32."""
     rows, width = dout_NW.shape
@@ -252,7 +280,7 @@ def gate_backward(
         (partial_PW.shape[0],),
         *(dout_NW, gate_NW, u_NW, du_NW, dgate_NW, partial_PW),
         *(rows, width, dout_NW.stride(0), gate_NW.stride(0)),
-        **row_options(width),
+        **row_options(width, arch),
     )
 
 
@@ -262,6 +290,8 @@ def silu_backward(
     dh_NW: torch.Tensor,
     g_NW: torch.Tensor,
     partial_PW: torch.Tensor,
+    *,
+    arch: int,
 ) -> None:
     """g = silu(h), dh = dg * silu'(h), and P partial column sums of dh; all contiguous."""
     rows, width = h_NW.shape
@@ -270,7 +300,7 @@ def silu_backward(
         (partial_PW.shape[0],),
         *(dg_NW, h_NW, dh_NW, g_NW, partial_PW),
         *(rows, width),
-        **row_options(width),
+        **row_options(width, arch),
     )
 
 
@@ -289,6 +319,7 @@ def modulate_backward(
     partial_2PW: torch.Tensor,
     *,
     eps: float,
+    arch: int,
 ) -> None:
     """Backward of `modulate`, to which dout is added; a as forward; da is contiguous.
 
@@ -302,5 +333,5 @@ def modulate_backward(
         *(dout_NW, da_NW, x_NW, shift_NW, scale_NW, norm_weight, norm_bias),
         *(dx_NW, dshift_NW, dscale_NW, a_NW, partial_2PW),
         *(rows, width, *strides, eps),
-        **row_options(width),
+        **row_options(width, arch),
     )

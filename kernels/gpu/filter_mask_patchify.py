@@ -10,8 +10,8 @@ So a program computes nothing but tokens that are kept, in any order, and writes
 token side by side. Neighbouring positions repeat each other's first product: at H = 16 that is 2
 MFLOP an image, at H = 64 half a GFLOP, still little beside one layer of the transformer.
 
-The transpose runs over the same positions, dx[c, k, w] = sum A[row, k] dy[c] A[column, w]. A program
-owns its part of dx, so that the sum has one order and needs no atomics.
+The transpose runs over the same positions, dx[c, k, w] = sum A[row, k] dy[c] A[column, w]. A
+program owns its part of dx, so that the sum has one order and needs no atomics.
 """
 
 from __future__ import annotations

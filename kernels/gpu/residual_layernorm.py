@@ -13,11 +13,15 @@ import triton.language as tl
 from ._launch import launch
 from ._rows import (
     column_sums,
-    load_row,
+    load_rows,
+    load_vector,
     normalise,
     normalise_backward,
     row_options,
-    store_row,
+    store_partial,
+    store_rows,
+    tile_of,
+    tiles,
 )
 
 
@@ -29,27 +33,25 @@ def residual_layernorm_kernel(
     bias_D,
     sum_ND,
     normed_ND,
+    rows,
     width,
     x_stride,
     update_stride,
     eps,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    keep = columns < width
-    x = load_row(x_ND, row, x_stride, columns, keep)
+    row, columns, keep = tile_of(tl.program_id(0), rows, width, ROWS, BLOCK)
+    x = load_rows(x_ND, row, x_stride, columns, keep)
     if update_ND is not None:
-        x += load_row(update_ND, row, update_stride, columns, keep)
-        store_row(sum_ND, row, width, columns, keep, x)
+        x += load_rows(update_ND, row, update_stride, columns, keep)
+        store_rows(sum_ND, row, width, columns, keep, x)
         # What backward, and whoever reads the sum, sees: rounded to the dtype of the sum.
         x = x.to(sum_ND.dtype.element_ty).to(tl.float32)
     n, _ = normalise(x, keep, width, eps)
     if weight_D is not None:
-        weight = tl.load(weight_D + columns, mask=keep, other=0.0).to(tl.float32)
-        bias = tl.load(bias_D + columns, mask=keep, other=0.0).to(tl.float32)
-        n = n * weight + bias
-    store_row(normed_ND, row, width, columns, keep, n)
+        n = n * load_vector(weight_D, columns, width) + load_vector(bias_D, columns, width)
+    store_rows(normed_ND, row, width, columns, keep, n)
 
 
 @triton.jit
@@ -67,19 +69,18 @@ def residual_layernorm_backward_kernel(
     dnormed_stride,
     sum_stride,
     eps,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     first, step = tl.program_id(0), tl.num_programs(0)
-    columns = tl.arange(0, BLOCK)
-    keep = columns < width
+    row, columns, keep = tile_of(first, rows, width, ROWS, BLOCK)
     if weight_D is not None:
-        weight = tl.load(weight_D + columns, mask=keep, other=0.0).to(tl.float32)
-        dweight = tl.zeros((BLOCK,), tl.float32)
-        dbias = tl.zeros((BLOCK,), tl.float32)
-    row = first.to(tl.int64)
-    for _ in range(first, rows, step):
-        x = load_row(sum_ND, row, sum_stride, columns, keep)
-        dn = load_row(dnormed_ND, row, dnormed_stride, columns, keep)
+        weight = load_vector(weight_D, columns, width)
+        dweight = tl.zeros((ROWS, BLOCK), tl.float32)
+        dbias = tl.zeros((ROWS, BLOCK), tl.float32)
+    for _ in range(first * ROWS, rows, step * ROWS):
+        x = load_rows(sum_ND, row, sum_stride, columns, keep)
+        dn = load_rows(dnormed_ND, row, dnormed_stride, columns, keep)
         n, rstd = normalise(x, keep, width, eps)
         if weight_D is not None:
             dweight += dn * n
@@ -87,14 +88,15 @@ def residual_layernorm_backward_kernel(
             dn *= weight
         dx = normalise_backward(dn, n, rstd, width)
         if dsum_ND is not None:
-            dx += load_row(dsum_ND, row, dsum_stride, columns, keep)
-        store_row(dx_ND, row, width, columns, keep, dx)
+            dx += load_rows(dsum_ND, row, dsum_stride, columns, keep)
+        store_rows(dx_ND, row, width, columns, keep, dx)
         if dupdate_ND is not None:
-            store_row(dupdate_ND, row, width, columns, keep, dx)
-        row += step
+            store_rows(dupdate_ND, row, width, columns, keep, dx)
+        row += step * ROWS
+        keep = (row < rows) & (columns < width)
     if weight_D is not None:
-        store_row(partial_2PD, first.to(tl.int64), width, columns, keep, dweight)
-        store_row(partial_2PD, (first + step).to(tl.int64), width, columns, keep, dbias)
+        store_partial(partial_2PD, first, columns, width, dweight)
+        store_partial(partial_2PD, first + step, columns, width, dbias)
 
 
 def residual_layernorm(
@@ -106,6 +108,7 @@ def residual_layernorm(
     normed_ND: torch.Tensor,
     *,
     eps: float,
+    arch: int,
 ) -> None:
     """Writes sum_ND (with an update only) and normed_ND.
 
@@ -113,20 +116,22 @@ def residual_layernorm(
     dtype of x, the others any of float32, float16 and bfloat16. Weight and bias: both or neither.
     """
     rows, width = x_ND.shape
+    options = row_options(width, arch)
     launch(
         residual_layernorm_kernel,
-        (rows,),
+        tiles(rows, options),
         x_ND,
         update_ND,
         norm_weight,
         norm_bias,
         sum_ND,
         normed_ND,
+        rows,
         width,
         x_ND.stride(0),
         0 if update_ND is None else update_ND.stride(0),
         eps,
-        **row_options(width),
+        **options,
     )
 
 
@@ -141,6 +146,7 @@ def residual_layernorm_backward(
     dvectors_2D: torch.Tensor | None,
     *,
     eps: float,
+    arch: int,
 ) -> None:
     """Writes dx, the same as dupdate in another dtype if that is wanted, and with affine
     dvectors_2D: the gradients of weight and bias.
@@ -164,7 +170,7 @@ def residual_layernorm_backward(
         dnormed_ND.stride(0),
         sum_ND.stride(0),
         eps,
-        **row_options(width),
+        **row_options(width, arch),
     )
     if dvectors_2D is not None:
         column_sums(partial_2PD, dvectors_2D)

@@ -24,13 +24,14 @@ def residual_layernorm(arch: int, dtype: torch.dtype) -> None:
         for stream in dict.fromkeys((dtype, torch.float32)):
             x_ND, sum_ND, dx_ND = (_matrix(640, width, dtype=stream) for _ in range(3))
             update_ND, normed_ND = (_matrix(640, width, dtype=dtype) for _ in range(2))
-            kernels.residual_layernorm(x_ND, update_ND, *vectors, sum_ND, normed_ND, eps=1e-6)
-            kernels.residual_layernorm(x_ND, None, *vectors, None, normed_ND, eps=1e-6)
+            each = {"eps": 1e-6, "arch": arch}
+            kernels.residual_layernorm(x_ND, update_ND, *vectors, sum_ND, normed_ND, **each)
+            kernels.residual_layernorm(x_ND, None, *vectors, None, normed_ND, **each)
             dupdate_ND = None if stream is dtype else update_ND
             partial_2PD, dvectors_2D = _matrix(2, 160, width), _matrix(2, width)
             kernels.residual_layernorm_backward(
                 sum_ND, normed_ND, x_ND, vectors[0], dx_ND, dupdate_ND, partial_2PD, dvectors_2D,
-                eps=1e-6,
+                **each,
             )  # fmt: skip
 
 
@@ -63,12 +64,12 @@ def adaln_mlp_block(arch: int, dtype: torch.dtype) -> None:
             x, shift, scale, gate, *norm, fc1, fc1_bias, fc2, fc2_bias, a, g, out,
             eps=1e-6, arch=arch,
         )  # fmt: skip
-        kernels.gated_residual(x, gate, u, out)
+        kernels.gated_residual(x, gate, u, out, arch=arch)
         partial_PW, partial_2PW = _matrix(128, width), _matrix(2, 128, width)
-        kernels.gate_backward(dout, gate, u, a, g, partial_PW)
-        kernels.silu_backward(dg, h, dh, g, partial_PW)
+        kernels.gate_backward(dout, gate, u, a, g, partial_PW, arch=arch)
+        kernels.silu_backward(dg, h, dh, g, partial_PW, arch=arch)
         kernels.modulate_backward(
-            dout, dg, x, shift, scale, *norm, dx, dh, h, a, partial_2PW, eps=1e-6
+            dout, dg, x, shift, scale, *norm, dx, dh, h, a, partial_2PW, eps=1e-6, arch=arch
         )
 
 

@@ -50,7 +50,7 @@ def draw(rows: int, steps: int, halves: int, *, width: int = 40, depth: int = 2)
 )
 @pytest.mark.parametrize(
     ("rows", "steps", "halves", "scale"),
-    [(1, 1, 1, 1.0), (3, 2, 2, 3.0), (17, 3, 2, 1.0), (35, 5, 2, 2.5), (2, 3, 1, 3.0)],
+    [(1, 1, 1, 1.0), (3, 2, 2, 3.0), (35, 2, 2, 2.5)],
 )
 def test_values(
     rows: int,
@@ -89,27 +89,32 @@ def test_widths_and_strides(width: int, depth: int) -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize(("chunk", "branches"), [(1, 1), (2, 2), (3, 1), (3, 2), (8, 2)])
 def test_chunks_and_branches_do_not_change_a_bit(
-    chunk: int, branches: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also with two buffers of modulations; the interpreter has one stream, so in order."""
-    head, condition, level, initial, noise = draw(9, 7, 2)
+    head, condition, level, initial, noise = draw(9, 4, 2, depth=1)
     folded = fold_head(head, dtype)
     options: dict[str, Any] = {
         "guidance_scale": 2.0, "temperature": 1.0, "x0_range": (-1.5, 2.0),
         "num_timesteps": 1000,
     }  # fmt: skip
-    data = (condition.float(), level, initial.float(), noise.float())
 
     def in_order(items: list[_schedule.Item], execute: Any, device: object) -> None:
         for item in items:
             execute(item)
 
-    expected = _denoise_triton.denoise(folded, *data, **options, chunk=4, branches=1)
+    def denoise(chunk: int, branches: int) -> Tensor:
+        return _denoise_triton.denoise(
+            folded, condition.float(), level, initial.float(), noise.float(), **options,
+            chunk=chunk, branches=branches,
+        )  # fmt: skip
+
+    expected = denoise(3, 1)
+    assert bool(expected.isfinite().all())
     monkeypatch.setattr(_schedule, "run", in_order)
-    out = _denoise_triton.denoise(folded, *data, **options, chunk=chunk, branches=branches)
-    assert torch.equal(out, expected) and bool(out.isfinite().all())
+    for chunk, branches in ((1, 1), (2, 2), (8, 2)):
+        assert torch.equal(denoise(chunk, branches), expected)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 40])
