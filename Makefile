@@ -1,5 +1,10 @@
 # make demo   set up .venv, install, build the native library, sample a grid of images
 # make test   the same set-up and the tools of development, then every test that can run here
+# make test-gpu       the tests that need a CUDA device
+# make test-compile   every Triton kernel as machine code for every architecture and dtype, against
+#                     kernels/gpu/budget.json; `make budget` rewrites that file
+# make test-attention-libs   tests/attention_libs against the real xformers and flash-attn 4, in an
+#                     environment of its own (300 MB), without a GPU
 #
 # PYTHON=python3.12        another interpreter; a PyTorch 2.6 or newer that it has is used, not replaced
 # TORCH=torch==2.9.1       what to install where it has none
@@ -8,12 +13,13 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+VENV_ATTENTION := .venv-attention
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 # What an installation depends on. The Python sources are used in place.
 SOURCES := pyproject.toml setup.py CMakeLists.txt fastfar/_version.py $(wildcard kernels/cpu/*)
 
-.PHONY: demo test test-gpu lint format wheel clean
+.PHONY: demo test test-attention-libs test-gpu test-compile budget lint format wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/fastfar sample --classes 0,1,2,3,4,5,6,7,8,9 --per-class 3 --scale 3 --output outputs/demo.png
@@ -23,6 +29,15 @@ test: $(VENV)/installed-dev
 
 test-gpu: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m gpu
+
+test-compile: $(VENV)/installed-dev
+	$(BIN)/python tests/compiled.py
+
+budget: $(VENV)/installed-dev
+	$(BIN)/python tests/compiled.py --update
+
+test-attention-libs: $(VENV_ATTENTION)/installed
+	$(VENV_ATTENTION)/bin/python -m pytest -W ignore::DeprecationWarning -W ignore::UserWarning tests/attention_libs
 
 lint: $(VENV)/installed-dev
 	$(BIN)/python -m pytest tests/test_lint.py
@@ -35,7 +50,7 @@ wheel: $(VENV)/installed-dev
 	$(BIN)/python -m build --no-isolation
 
 clean:
-	rm -rf $(VENV) build dist fastfar/lib *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_ATTENTION) build dist fastfar/lib *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 # A virtual environment that sees the packages of $(PYTHON) if PyTorch is among them. A .pth file
 # rather than --system-site-packages: it also works when $(PYTHON) is itself in an environment.
@@ -76,4 +91,17 @@ $(VENV)/installed: $(VENV)/cmake $(SOURCES)
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) install "fastfar[dev]"
+	@touch $@
+
+# The attention packages, where they cannot touch the ordinary environment, which they see. What
+# asks for PyTorch is installed without what it asks for: theirs would be a CUDA build of gigabytes.
+$(VENV_ATTENTION)/installed: $(VENV)/installed-dev
+	rm -rf $(VENV_ATTENTION)
+	$(BIN)/python -m venv $(VENV_ATTENTION)
+	$(BIN)/python -c "$$SEE_TORCH" > $(VENV_ATTENTION)/seen
+	cp $(VENV_ATTENTION)/seen "$$($(VENV_ATTENTION)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/seen.pth"
+	$(VENV_ATTENTION)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps \
+	  xformers==0.0.35 flash-attn-4==4.0.0b36 quack-kernels==0.6.5 torch-c-dlpack-ext==0.1.5
+	$(VENV_ATTENTION)/bin/python -m pip --disable-pip-version-check --quiet install \
+	  nvidia-cutlass-dsl==4.8.1 "apache-tvm-ffi>=0.1.11,<0.2" einops
 	@touch $@

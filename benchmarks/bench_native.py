@@ -22,7 +22,8 @@ import native_ops
 import peak
 import torch
 from rows import RESULTS, append, environment
-from timing import share, table
+
+from fastfar.costs.rows import share, table
 
 
 def bench_peak(options: argparse.Namespace) -> list[dict[str, Any]]:

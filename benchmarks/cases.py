@@ -91,10 +91,10 @@ class Case:
         return (self.executed or self.flops)(config, batch)
 
     @staticmethod
-    def bytes_moved(arguments: Arguments, out: Tensor) -> int:
-        """Bytes of all inputs and of the output: the least traffic with memory."""
-        tensors = [x for x in tree_leaves(arguments) if isinstance(x, Tensor)]
-        return sum(x.numel() * x.element_size() for x in [*tensors, out])
+    def bytes_moved(arguments: Arguments, out: Any) -> int:
+        """Bytes of all inputs and of the outputs: the least traffic with memory."""
+        tensors = [x for x in tree_leaves((arguments, out)) if isinstance(x, Tensor)]
+        return sum(x.numel() * x.element_size() for x in tensors)
 
 
 def as_float(x: Any, dtype: torch.dtype) -> Any:
@@ -166,6 +166,18 @@ def _layernorm_mlp_residual(config: FARConfig, batch: int, dtype: torch.dtype) -
         _vector(width, dtype),
     )
     return args, {}
+
+
+def _residual_layernorm(config: FARConfig, batch: int, dtype: torch.dtype) -> Arguments:
+    width, rows = config.width, 2 * batch * _positions(config)
+    x_ND, update_ND = torch.randn(2, rows, width).to(dtype)
+    return (x_ND, update_ND, _vector(width, dtype, mean=1.0), _vector(width, dtype)), {}
+
+
+def _transformer_block(config: FARConfig, batch: int, dtype: torch.dtype) -> Arguments:
+    first, kwargs = _layernorm_attention_residual(config, batch, dtype)
+    (_, *second), _ = _layernorm_mlp_residual(config, batch, dtype)
+    return (*first, *second), kwargs
 
 
 def _adaln_mlp_block(config: FARConfig, batch: int, dtype: torch.dtype) -> Arguments:
@@ -249,6 +261,13 @@ def _hybrid_loss(config: FARConfig, batch: int, dtype: torch.dtype) -> Arguments
     return (*tensors, timestep), {"num_timesteps": config.num_timesteps}
 
 
+def _add_noise(config: FARConfig, batch: int, dtype: torch.dtype) -> Arguments:
+    tokens, numbers = batch * config.num_tokens, config.token_dim
+    x0, noise = torch.randn(tokens, numbers), torch.randn(4 * tokens, numbers)
+    timestep = torch.randint(config.num_timesteps, (4 * tokens,))
+    return (x0.to(dtype), noise.to(dtype), timestep), {"num_timesteps": config.num_timesteps}
+
+
 # KL-16's decoder at its lowest resolution, where a third of its layers are.
 KL_WIDTH, KL_GROUPS = 512, 32
 
@@ -307,6 +326,14 @@ CASES = {
             _layernorm_mlp_residual,
             lambda c, batch: 2 * batch * _positions(c) * 4 * c.mlp_ratio * c.width**2,
         ),
+        Case("residual_layernorm", _residual_layernorm, lambda c, batch: 0),
+        Case(
+            "transformer_block",
+            _transformer_block,
+            lambda c, batch: (
+                2 * batch * _positions(c) * (24 * c.width**2 + 4 * _positions(c) * c.width)
+            ),
+        ),
         Case(
             "adaln_mlp_block",
             _adaln_mlp_block,
@@ -319,6 +346,7 @@ CASES = {
         ),
         Case("denoise_loop", _denoise_loop, _denoise_loop_flops, _denoise_loop_executed),
         Case("hybrid_loss", _hybrid_loss, lambda c, batch: 0),
+        Case("add_noise", _add_noise, lambda c, batch: 0),
         Case("groupnorm_silu", _groupnorm_silu, lambda c, batch: 0),
         Case(
             "convolution_residual",

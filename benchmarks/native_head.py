@@ -16,22 +16,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from cases import head_inputs
-from counts import Head
 from timing import (
     NOT_AVAILABLE,
     Variant,
     alternate,
-    duration,
     figures,
     gate,
     ratio,
     relative,
-    share,
-    table,
 )
 from torch import Tensor, nn
 
 from fastfar import FARConfig, reference
+from fastfar.costs.counts import Head
+from fastfar.costs.rows import duration, share, table
 from fastfar.diffusion import diffusion_tables, timestep_embedding
 from fastfar.ops import denoise_loop
 from fastfar.ops._head import pack_head

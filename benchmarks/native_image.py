@@ -16,26 +16,31 @@ from typing import Any
 
 import peak
 import torch
-from counts import Head, Work, halves_of, native_work, reference_image_flops, transformer_flops
 from stages import StageClock
 from timing import (
     NOT_AVAILABLE,
     Sample,
     Variant,
     alternate,
-    duration,
     figures,
     gate,
     ratio,
     relative,
-    share,
-    table,
 )
 from torch import Tensor
 
 from fastfar import FAR, KLVAE, FARConfig, FARPipeline, SamplingPlan, reference
 from fastfar.checkpoint import load_pretrained
 from fastfar.config import PRESETS
+from fastfar.costs.counts import (
+    Head,
+    Work,
+    halves_of,
+    native_work,
+    reference_image_flops,
+    transformer_flops,
+)
+from fastfar.costs.rows import duration, share, table
 from fastfar.noise import seeded_noise
 from fastfar.prepared import prepare_native
 from fastfar.tokenizer import PixelTokenizer

@@ -15,18 +15,16 @@ from timing import (
     NOT_AVAILABLE,
     Variant,
     alternate,
-    duration,
     figures,
     gate,
     ratio,
     relative,
-    share,
-    table,
 )
 from torch.utils._pytree import tree_map
 
 from fastfar import FARConfig
 from fastfar.config import PRESETS
+from fastfar.costs.rows import duration, share, table
 
 FACTOR = 2.0
 FLOOR = {torch.float32: 1e-6, torch.bfloat16: 1e-3}
@@ -140,7 +138,8 @@ def bench(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `op`."""
-    parser.add_argument("--ops", nargs="+", choices=sorted(CASES), default=sorted(CASES))
+    native = sorted(name for name, case in CASES.items() if "native" in case.op.implementations)
+    parser.add_argument("--ops", nargs="+", choices=native, default=native)
     sizes = ["far_base", "far_huge", "demo"]
     parser.add_argument("--presets", nargs="*", choices=sorted(PRESETS), default=sizes)
     parser.add_argument("--lengths", nargs="*", type=int, default=list(LENGTHS),

@@ -158,28 +158,3 @@ def ratio(variant: Variant, baseline: Variant) -> str:
     if not variant.green:
         return "gate is red: wrong result"
     return f"{baseline.median / variant.median:.2f} x"
-
-
-def share(value: float | None) -> str:
-    """Per cent, or a dash."""
-    return "-" if value is None else f"{100 * value:.1f}%"
-
-
-def duration(seconds: float) -> str:
-    """Three digits and a unit."""
-    for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
-        if seconds * factor >= 1.0:
-            return f"{seconds * factor:.3g} {unit}" if seconds < 1000 else f"{seconds:.0f} s"
-    return f"{seconds * 1e9:.3g} ns"
-
-
-def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Columns under their names; the first is aligned left, the others right."""
-    cells = [list(header), *(list(line) for line in lines)]
-    widths = [max(len(line[i]) for line in cells if i < len(line)) for i in range(len(header))]
-    rows = []
-    for line in cells:
-        parts = [line[0].ljust(widths[0])]
-        parts += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=False)]
-        rows.append("  ".join(parts).rstrip())
-    return "\n".join(rows)

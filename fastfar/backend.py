@@ -1,11 +1,12 @@
 """Which back ends, instruction sets and optional packages there are, and why others are off.
 
-The only file that probes hardware, looks for optional packages or reads environment variables.
+The only file that probes hardware, looks for optional packages (in its part `_packages.py`) or
+reads environment variables.
 What is asked for and cannot be served is a ValueError that says why; only "auto" chooses.
 
 FASTFAR_BACKEND         auto, reference, torch, native, triton: what backend="auto" means
 FASTFAR_ISA             auto, scalar, avx2, avx512, avx512_bf16, amx: of the native library
-FASTFAR_ATTENTION       auto, sdpa, flash, xformers: implementation of attention
+FASTFAR_ATTENTION       auto or a back end of attention: sdpa, sdpa_flash, ..., see ATTENTIONS
 FASTFAR_THREADS         number of CPU threads (PyTorch's and the native library's)
 FASTFAR_LOG             0 silent, 1 choices with their reasons, 2 details; on standard error
 FASTFAR_REQUIRE_NATIVE  read by setup.py: 1 makes a failed native build an error
@@ -15,22 +16,38 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
+import importlib.metadata
 import logging
 import os
-import platform
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastfar import _native
-from fastfar._version import __version__
+from fastfar._packages import cuda_reason as _cuda_reason
+from fastfar._packages import optional_packages as optional_packages
+from fastfar._packages import package_reason as _package_reason
 
 BACKENDS = ("reference", "torch", "native", "triton")
 INSTRUCTION_SETS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
-ATTENTIONS = ("sdpa", "flash", "xformers")
+# Back ends of attention and the optional package that each needs; fastfar/ops/_attention.py.
+ATTENTIONS: dict[str, str | None] = {
+    "sdpa": None,  # of PyTorch's kernels the one that PyTorch chooses
+    "sdpa_flash": None,
+    "sdpa_cudnn": None,
+    "sdpa_efficient": None,
+    "sdpa_math": None,
+    "flash_attn_2": "flash_attn",
+    "flash_attn_3": "flash_attn_3",
+    "flash_attn_4": "flash_attn_4",
+    "xformers": "xformers",
+}
 DEMO = Path(__file__).resolve().parent / "assets" / "demo"
 
 _CHOICES = {
@@ -40,19 +57,6 @@ _CHOICES = {
     "FASTFAR_THREADS": ("auto", "a whole number from 1"),
     "FASTFAR_LOG": ("0", "1", "2"),
 }
-# name -> (module, how to get it)
-_PACKAGES = {
-    "flash_attn": ("flash_attn", "pip install 'fastfar[flash]' (CUDA only)"),
-    "xformers": ("xformers.ops", "pip install 'fastfar[xformers]' (CUDA only)"),
-    "triton": ("triton", "pip install 'fastfar[triton]'"),
-    "apex": ("apex", "build NVIDIA apex from source; PyPI's apex is another project"),
-    "huggingface_hub": ("huggingface_hub", "pip install 'fastfar[hub]'"),
-    "tensorboard": ("tensorboard", "pip install 'fastfar[train]'"),
-    "torch_fidelity": ("torch_fidelity", "pip install 'fastfar[eval]'"),
-    "matplotlib": ("matplotlib", "pip install 'fastfar[bench]'"),
-    "nvtx": ("nvtx", "pip install nvtx"),
-}
-_NEEDS_CUDA = ("flash_attn", "xformers", "apex")
 
 _log = logging.getLogger("fastfar")
 
@@ -73,7 +77,7 @@ def _setting(name: str) -> str:
 
 
 @functools.cache
-def _cpu_description() -> dict[str, str]:
+def cpu_description() -> dict[str, str]:
     """First processor of /proc/cpuinfo, lower-case keys; empty where there is no such file."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
@@ -83,14 +87,6 @@ def _cpu_description() -> dict[str, str]:
     return {key.strip().lower(): value.strip() for key, value in lines}
 
 
-def _cuda_reason() -> str | None:
-    if torch.cuda.is_available():
-        return None
-    if torch.version.cuda is None and torch.version.hip is None:
-        return "no CUDA device (this PyTorch is a CPU build)"
-    return "no CUDA device"
-
-
 def instruction_sets() -> dict[str, str | None]:
     """Instruction sets of this CPU, slowest first: None = usable, else the reason it is not.
 
@@ -98,7 +94,7 @@ def instruction_sets() -> dict[str, str | None]:
     """
     if _native.reason() is None:
         return _native.load().instruction_sets()
-    flags = set(_cpu_description().get("flags", "").split())
+    flags = set(cpu_description().get("flags", "").split())
     needs = {
         "avx2": {"avx2", "fma", "f16c"},
         "avx512": {"avx512f", "avx512dq", "avx512bw", "avx512vl"},
@@ -114,28 +110,24 @@ def instruction_sets() -> dict[str, str | None]:
     return result
 
 
-def optional_packages() -> dict[str, str | None]:
-    """Optional packages: None = imports and can work here, else the reason it cannot."""
-    return {name: _package_reason(name) for name in _PACKAGES}
-
-
 @functools.cache
-def _package_reason(name: str) -> str | None:
-    module, remedy = _PACKAGES[name]
-    if importlib.util.find_spec(name) is None:
-        return f"not installed; {remedy}"
-    if name in _NEEDS_CUDA and (no_cuda := _cuda_reason()) is not None:
-        return no_cuda
-    try:
-        importlib.import_module(module)
-        if name == "apex":
-            if importlib.util.find_spec("apex.multi_tensor_apply") is None:
-                return f"installed, but not NVIDIA's apex; {remedy}"
-            importlib.import_module("apex.optimizers")
-            importlib.import_module("amp_C")  # its CUDA extension, without which FusedAdam raises
-    except Exception as error:  # a broken binary package raises errors of any type
-        return f"installed, but does not import: {type(error).__name__}: {error}"
+def nvtx() -> tuple[Callable[[str], object], Callable[[], object]] | None:
+    """push(name) and pop() of NVTX ranges: the nvtx package's, else PyTorch's; None without CUDA.
+
+    The package's need no CUDA; where no profiler listens they do nothing.
+    """
+    if _package_reason("nvtx") is None:
+        package = importlib.import_module("nvtx")
+        return package.push_range, package.pop_range
+    if _cuda_reason() is None:
+        return torch.cuda.nvtx.range_push, torch.cuda.nvtx.range_pop
     return None
+
+
+def require_package(name: str, option: str) -> None:
+    """ValueError, with the reason, where option=name was asked for and the package is off."""
+    if (reason := _package_reason(name)) is not None:
+        raise ValueError(f"{option}={name!r} cannot be used: {reason}. Use {option}='torch'")
 
 
 @functools.cache
@@ -144,18 +136,83 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
 
 
-@functools.cache
 def architecture(device: torch.device | str) -> int:
     """Of a GPU: 10 major + minor (90 is Hopper); AMD's gfx942 is 942, gfx90a 910. 0 for a CPU."""
     device = torch.device(device)
     if device.type != "cuda":
         return 0
+    described = _described.get()
+    return _probe_architecture(device) if described is None else described[0]
+
+
+@functools.cache
+def _probe_architecture(device: torch.device) -> int:
     if torch.version.hip is not None:
         name = str(torch.cuda.get_device_properties(device).gcnArchName)
         number = name.split(":")[0].removeprefix("gfx")
         return int(number) if number.isdecimal() else 910
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+@dataclass(frozen=True)
+class GPUFacts:
+    """What the launchers ask of a GPU: bytes of its L2 cache, number of multiprocessors."""
+
+    l2_bytes: int
+    multiprocessors: int
+
+
+def gpu_facts(device: torch.device | str) -> GPUFacts:
+    """Of a GPU; for a CPU, or a GPU that is not there, those of an H100."""
+    described = _described.get()
+    return _probe_gpu(torch.device(device)) if described is None else described[1]
+
+
+def gpu_description(device: torch.device | str) -> dict[str, Any] | None:
+    """Name, memory, driver side of a GPU, for a benchmark's row; None for a CPU."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name,
+        "architecture": architecture(device),
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "runtime": torch.version.cuda or torch.version.hip,
+        "triton": _version("triton"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+_described: ContextVar[tuple[int, GPUFacts] | None] = ContextVar("fastfar_gpu", default=None)
+
+
+@contextmanager
+def described_gpu(arch: int, facts: GPUFacts) -> Iterator[None]:
+    """Take every CUDA device inside for one of these figures.
+
+    For launches that are recorded on fake tensors (proofs, cost model), never for a run.
+    """
+    token = _described.set((arch, facts))
+    try:
+        yield
+    finally:
+        _described.reset(token)
+
+
+@functools.cache
+def _probe_gpu(device: torch.device) -> GPUFacts:
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return GPUFacts(l2_bytes=50 * 2**20, multiprocessors=132)
+    properties = torch.cuda.get_device_properties(device)
+    return GPUFacts(int(properties.L2_cache_size), int(properties.multi_processor_count))
 
 
 # --- choices ---------------------------------------------------------------------------------
@@ -217,6 +274,32 @@ def resolve(
     return chosen
 
 
+def by_device(name: str = "auto") -> dict[str, str]:
+    """The back end of a module of `fastfar.nn` by the type of its input's device; "" is any other.
+
+    "auto" is FASTFAR_BACKEND; where that is not set either, "triton" on CUDA devices if it is
+    usable, else "torch" ("native", if asked for, computes gradients no faster than PyTorch).
+
+    Raises:
+        ValueError: unknown name, or a back end that is off or has no modules ("reference").
+    """
+    configure()
+    if name == "auto" and _setting("FASTFAR_BACKEND") == "auto":
+        usable = _cuda_reason() is None and backends()["triton"] is None
+        return {"cuda": "triton" if usable else "torch", "": "torch"}
+    chosen, source = _choose(name)
+    if chosen == "reference":
+        raise ValueError(
+            f"{source}='reference' cannot be used: the reference is functions, not modules. Use "
+            "auto, torch, native or triton"
+        )
+    if chosen == "torch":
+        return {"": "torch"}
+    if chosen == "native":
+        return {"cpu": "native"}
+    return {"cuda": "triton", "cpu": "triton"} if interpreting() else {"cuda": "triton"}
+
+
 def _native_unfit(
     device: torch.device, dtype: torch.dtype | None, native_reason: str | None
 ) -> str | None:
@@ -251,13 +334,32 @@ def _choose(name: str, unfit: str | None = None) -> tuple[str, str]:
 
 
 def attention() -> str:
-    """The implementation of attention; ValueError when FASTFAR_ATTENTION cannot be served."""
+    """The back end of attention that FASTFAR_ATTENTION asks for, "auto" where it is not set.
+
+    Raises ValueError when it is not known or cannot be used on this machine.
+    """
     choice = _setting("FASTFAR_ATTENTION")
-    if choice in ("auto", "sdpa"):
-        return "sdpa"
-    package = "flash_attn" if choice == "flash" else choice
-    reason = _package_reason(package) or f"attention through {package} is not written yet"
-    raise ValueError(f"FASTFAR_ATTENTION={choice} cannot be used: {reason}. Use auto or sdpa")
+    if choice != "auto" and (reason := attention_reason(choice)) is not None:
+        raise ValueError(f"FASTFAR_ATTENTION={choice} cannot be used: {reason}. Use auto or sdpa")
+    return choice
+
+
+def attention_reason(name: str) -> str | None:
+    """Why back end `name` of attention cannot be used on this machine; None if it can.
+
+    Raises ValueError for an unknown name. What a call may ask of it, `fastfar.ops` knows.
+    """
+    if name not in ATTENTIONS:
+        allowed = ", ".join(("auto", *ATTENTIONS))
+        raise ValueError(f"attention={name!r} is not known; allowed: {allowed}")
+    package = ATTENTIONS[name]
+    return None if package is None else _package_reason(package)
+
+
+def require_attention(name: str) -> None:
+    """ValueError, with the reason, unless name is "auto" or a back end that can be used here."""
+    if name != "auto" and (reason := attention_reason(name)) is not None:
+        raise ValueError(f"attention={name!r} cannot be used: {reason}. Use auto or sdpa")
 
 
 def best_dtype(backend: str, device: torch.device | str) -> torch.dtype:
@@ -309,16 +411,13 @@ def _apply_threads(value: str) -> None:
         torch.set_num_threads(int(value))
 
 
-# --- for `fastfar doctor` --------------------------------------------------------------------
-
-
-def _settings_report() -> dict[str, dict[str, str | None]]:
+def settings_report() -> dict[str, dict[str, str | None]]:
     """Each variable with its value (None = not set) and its problem (None = fine)."""
     checks: dict[str, Any] = {
         "FASTFAR_BACKEND": lambda: _choose("auto"),
         "FASTFAR_ISA": lambda: _setting("FASTFAR_ISA") == "auto" or native_library(),
         "FASTFAR_ATTENTION": attention,
-        "FASTFAR_THREADS": lambda: _setting("FASTFAR_THREADS"),
+        "FASTFAR_THREADS": lambda: _apply_threads(_setting("FASTFAR_THREADS")),
         "FASTFAR_LOG": lambda: _setting("FASTFAR_LOG"),
     }
     report: dict[str, dict[str, str | None]] = {}
@@ -330,62 +429,3 @@ def _settings_report() -> dict[str, dict[str, str | None]]:
             problem = str(error)
         report[name] = {"value": os.environ.get(name), "problem": problem}
     return report
-
-
-def _native_report(settings: dict[str, dict[str, str | None]]) -> dict[str, str | int | None]:
-    """The native library: file, selected set and why, dtype, threads; its problem (None: none)."""
-    found: dict[str, str | int | None] = dict.fromkeys(("path", "isa", "why", "dtype", "threads"))
-    if (reason := _native.reason()) is not None:
-        return {**found, "problem": reason}
-    found["path"] = str(_native.library_path())
-    if (problem := settings["FASTFAR_ISA"]["problem"]) is not None:
-        return {**found, "problem": problem}
-    a_MK = torch.arange(-24, 24, dtype=torch.float32).reshape(3, 16)  # exact in bfloat16
-    c_MN, isa = native_library().selftest(a_MK, a_MK.T)
-    passed = torch.equal(c_MN, a_MK @ a_MK.T)
-    forced = _setting("FASTFAR_ISA") != "auto"
-    return {
-        **found,
-        "isa": isa,
-        "why": f"FASTFAR_ISA={isa}" if forced else "the fastest that processor and build offer",
-        "dtype": str(best_dtype("native", "cpu")).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "problem": None if passed else "its self-test gives a wrong result",
-    }
-
-
-def _memory_gib() -> float | None:
-    try:
-        return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
-    except (AttributeError, ValueError, OSError):  # not a POSIX system
-        return None
-
-
-def report() -> dict[str, Any]:
-    """All that `fastfar doctor` shows, ready for JSON; problems are reported, not raised."""
-    settings = _settings_report()
-    if settings["FASTFAR_THREADS"]["problem"] is None:
-        _apply_threads(_setting("FASTFAR_THREADS"))
-    demo = DEMO / "model.safetensors"
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    affinity = getattr(os, "sched_getaffinity", None)
-    return {
-        "fastfar": __version__,
-        "python": f"{platform.python_version()} ({sys.executable})",
-        "torch": torch.__version__,
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cpu": _cpu_description().get("model name") or platform.processor() or "unknown",
-        "cores": len(affinity(0)) if affinity is not None else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_gib": _memory_gib(),
-        "gpu": {"devices": gpus, "problem": _cuda_reason()},
-        "demo": {
-            "path": str(DEMO) if demo.is_file() else None,
-            "problem": None if demo.is_file() else f"no checkpoint at {demo}",
-        },
-        "native": _native_report(settings),
-        "instruction_sets": instruction_sets(),
-        "backends": backends(),
-        "packages": optional_packages(),
-        "settings": settings,
-    }

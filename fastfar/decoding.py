@@ -13,6 +13,7 @@ from fastfar._weights import skeleton
 from fastfar.ops import use_backend
 from fastfar.ops._convolution import can_pack, pack_convolution
 from fastfar.ops.upsample_convolution import pack_upsample
+from fastfar.profiling import annotate
 from fastfar.tokenizer import KLVAE, PixelTokenizer
 
 _DECODER = ("decoder.", "post_quant_conv.")
@@ -48,7 +49,7 @@ def decode_latents(
         dtype = backends.best_dtype(name, latents_BCHW.device)
     if isinstance(tokenizer, KLVAE):
         tokenizer = _prepared(tokenizer, name, dtype)
-    with use_backend(name):
+    with use_backend(name), annotate("decode"):
         return tokenizer.to_images(latents_BCHW)
 
 

@@ -9,11 +9,13 @@ range variance (eq. 15), hybrid loss (eq. 16), respacing (section 4).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from fastfar._tables import lookup
 
 MAX_BETA = 0.999
 
@@ -68,6 +70,12 @@ class DiffusionTables:
 @lru_cache(maxsize=64)
 def diffusion_tables(steps: int = 1000, num_timesteps: int = 1000) -> DiffusionTables:
     """Tables of the schedule respaced to `steps` steps. Shared and cached: do not write to them."""
+    # They outlive the run that asks for them first, and the next one may want gradients.
+    with torch.inference_mode(False):
+        return _diffusion_tables(steps, num_timesteps)
+
+
+def _diffusion_tables(steps: int, num_timesteps: int) -> DiffusionTables:
     timestep = spaced_timesteps(steps, num_timesteps)
     alpha_bar = cosine_alpha_bar(num_timesteps)[timestep]
     before = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
@@ -89,12 +97,83 @@ def diffusion_tables(steps: int = 1000, num_timesteps: int = 1000) -> DiffusionT
     )
 
 
-def add_noise(x0_NP: Tensor, noise_NP: Tensor, timestep_N: Tensor, num_timesteps: int) -> Tensor:
-    """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise, each row at its own t."""
-    tables = diffusion_tables(num_timesteps, num_timesteps)
-    signal_N1 = tables.signal.to(x0_NP.device, x0_NP.dtype)[timestep_N, None]
-    sigma_N1 = tables.sigma.to(x0_NP.device, x0_NP.dtype)[timestep_N, None]
-    return signal_N1 * x0_NP + sigma_N1 * noise_NP
+@lru_cache(maxsize=64)
+def step_coefficients(steps: int, num_timesteps: int = 1000) -> tuple[dict[str, float], ...]:
+    """`diffusion_tables` as plain numbers: entry t holds the coefficients of step t by name."""
+    tables = diffusion_tables(steps, num_timesteps)
+    names = [field.name for field in fields(tables)]
+    columns = [getattr(tables, name).tolist() for name in names]
+    return tuple(dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
+
+
+@lru_cache(maxsize=64)
+def device_table(
+    columns: tuple[str, ...],
+    steps: int,
+    num_timesteps: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """(columns, steps) of `diffusion_tables` on a device. Shared and cached: do not write to it."""
+    tables = diffusion_tables(steps, num_timesteps)
+    with torch.inference_mode(False):
+        stacked = torch.stack([getattr(tables, name) for name in columns])
+        return stacked.to(device, dtype)
+
+
+def update_table(steps: int, num_timesteps: int, temperature: float) -> Tensor:
+    """(T, 8) float32 coefficients of x = a x + b x0 + c x0_previous + s noise, in sampling order.
+
+    Columns: x0 from x, x0 from eps, a, b, c, log variance at v = -1 and at v = 1, factor of the
+    noise; s = factor * exp(log variance / 2). Ancestral DDPM: c = 0, no noise at the last step.
+    """
+    tables = diffusion_tables(steps, num_timesteps)
+    noise = torch.full_like(tables.recip, temperature)
+    noise[0] = 0.0
+    columns = (
+        tables.recip,
+        tables.recip_m1,
+        tables.mean_xt,
+        tables.mean_x0,
+        torch.zeros_like(noise),
+        tables.log_posterior,
+        tables.log_beta,
+        noise,
+    )
+    return torch.stack(columns, dim=1).flip(0).to(torch.float32).contiguous()
+
+
+@lookup(
+    "timestep_coefficients",
+    lambda timestep_N, names, num_timesteps, dtype: timestep_N.new_empty(
+        (len(names.split()), timestep_N.shape[0], 1), dtype=dtype
+    ),
+)
+def timestep_coefficients(
+    timestep_N: Tensor, names: str, num_timesteps: int, dtype: torch.dtype
+) -> Tensor:
+    """(number of names, N, 1): what `diffusion_tables` holds under these names at each row's t.
+
+    names: separated by spaces.
+    """
+    columns = tuple(names.split())
+    table = device_table(columns, num_timesteps, num_timesteps, timestep_N.device, dtype)
+    return table[:, timestep_N, None]
+
+
+def repeats(x_RP: Tensor, rows: int) -> int:
+    """The batch multiplier: how often the R rows of x make up `rows`; ValueError if they do not."""
+    given = x_RP.shape[0]
+    if given == rows:
+        return 1
+    if given == 0 or rows % given:
+        raise ValueError(f"{rows} rows are no multiple of the {given} rows to be repeated")
+    return rows // given
+
+
+def repeated_rows(x_RP: Tensor, rows: int) -> Tensor:
+    """(R, P) -> (rows, P): all R rows, then all of them again, the batch multiplier's order."""
+    return x_RP.repeat(times, 1) if (times := repeats(x_RP, rows)) > 1 else x_RP
 
 
 def timestep_embedding(
@@ -107,5 +186,5 @@ def timestep_embedding(
     half = width // 2
     index = torch.arange(half, dtype=dtype, device=timestep_N.device)
     frequency = torch.exp(index * (-math.log(10000.0) / half))
-    angle = timestep_N.to(dtype)[:, None] * frequency
+    angle = timestep_N.to(dtype).unsqueeze(1) * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=-1)

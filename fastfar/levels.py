@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastfar._tables import lookup
+
 
 def _area_bicubic_matrix(size: int, level: int, num_levels: int) -> Tensor:
     """Area average down to ceil(size * level / num_levels), then bicubic (a = -0.75) back up."""
@@ -61,16 +63,47 @@ def filter_matrices(size: int, num_levels: int, kind: str = "area_bicubic") -> T
         raise ValueError(f"filter kind must be one of {sorted(_MATRIX)}, got {kind!r}")
     if size < 1 or num_levels < 1:
         raise ValueError(f"size and num_levels must be positive, got {size} and {num_levels}")
-    matrices = [torch.zeros(size, size, dtype=torch.float64)]
-    matrices += [_MATRIX[kind](size, level, num_levels) for level in range(1, num_levels)]
-    matrices.append(torch.eye(size, dtype=torch.float64))
-    return torch.stack(matrices)
+    # A table outlives the run that asks for it first, and the next one may want gradients.
+    with torch.inference_mode(False):
+        matrices = [torch.zeros(size, size, dtype=torch.float64)]
+        matrices += [_MATRIX[kind](size, level, num_levels) for level in range(1, num_levels)]
+        matrices.append(torch.eye(size, dtype=torch.float64))
+        return torch.stack(matrices)
+
+
+@lru_cache(maxsize=64)
+def filter_table(
+    size: int, num_levels: int, kind: str, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """`filter_matrices` on a device. Shared and cached: do not write to it."""
+    with torch.inference_mode(False):
+        return filter_matrices(size, num_levels, kind).to(device, dtype)
+
+
+@lookup(
+    "filter_of_level",
+    lambda level_B, size, num_levels, kind, dtype: level_B.new_empty(
+        (level_B.shape[0], size, size), dtype=dtype
+    ),
+)
+def filter_of_level(
+    level_B: Tensor, size: int, num_levels: int, kind: str, dtype: torch.dtype
+) -> Tensor:
+    """(B, H, H): the low-pass operator of each image's level; the identity for level -1."""
+    # Level -1 indexes the last matrix, the identity.
+    return filter_table(size, num_levels, kind, level_B.device, dtype)[level_B]
 
 
 def check_levels(level_B: Tensor, num_levels: int) -> None:
-    """ValueError unless every level is an integer in -1..num_levels (-1: not filtered)."""
+    """ValueError unless every level is an integer in -1..num_levels (-1: not filtered).
+
+    Values are looked at on the CPU only: elsewhere that would wait for the device. Nor are they in
+    compiled code, where there are none.
+    """
     if level_B.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"levels must be an integer tensor, got {level_B.dtype}")
+    if level_B.device.type != "cpu" or torch.compiler.is_compiling():
+        return
     if level_B.numel() and not (int(level_B.min()) >= -1 and int(level_B.max()) <= num_levels):
         raise ValueError(
             f"levels must lie in 0..{num_levels} (or -1 for 'not filtered'), "
@@ -91,20 +124,18 @@ def low_pass(
         (B, C, H, H), dtype of the input.
 
     Raises:
-        ValueError: a level out of range (looked at on the CPU only: elsewhere it would wait for
-            the device), or not one level per image.
+        ValueError: not one level per image, or a level out of range (see `check_levels`).
     """
     if level_B.shape != latent_BCHH.shape[:1]:
         raise ValueError(
             f"level_B must hold one level for each of the {len(latent_BCHH)} images, "
             f"got shape {tuple(level_B.shape)}"
         )
-    if level_B.device.type == "cpu":
-        check_levels(level_B, num_levels)
-    size = latent_BCHH.shape[-1]
-    table = filter_matrices(size, num_levels, kind).to(latent_BCHH.device, latent_BCHH.dtype)
-    # Level -1 indexes the last matrix, the identity.
-    matrix_B1HH = table[level_B.to(latent_BCHH.device)][:, None]
+    check_levels(level_B, num_levels)
+    matrix_BHH = filter_of_level(
+        level_B.to(latent_BCHH.device), latent_BCHH.shape[-1], num_levels, kind, latent_BCHH.dtype
+    )
+    matrix_B1HH = matrix_BHH[:, None]
     return matrix_B1HH @ latent_BCHH @ matrix_B1HH.transpose(-1, -2)
 
 

@@ -6,7 +6,8 @@ it from buffers that were filled ahead.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
@@ -139,19 +140,19 @@ class CheckedNoise:
     """
 
     def __init__(self, source: NoiseSource, batch: int, num_tokens: int, token_dim: int) -> None:
-        self._source = source
+        self.source = source
         self._rows = (batch * num_tokens, token_dim)
         self._order = (batch, num_tokens)
 
     def initial(self, step: int) -> Tensor:
-        return self._checked(self._source.initial(step), self._rows, f"initial({step})")
+        return self._checked(self.source.initial(step), self._rows, f"initial({step})")
 
     def steps(self, step: int, count: int) -> Tensor:
-        noise_TNP = self._source.steps(step, count)
+        noise_TNP = self.source.steps(step, count)
         return self._checked(noise_TNP, (count, *self._rows), f"steps({step}, {count})")
 
     def order(self) -> Tensor:
-        order_BL = self._checked(self._source.order(), self._order, "order()")
+        order_BL = self._checked(self.source.order(), self._order, "order()")
         counted_L = torch.arange(self._order[1], device=order_BL.device)
         if not bool((order_BL.sort(dim=1).values == counted_L).all()):
             raise ValueError(
@@ -201,3 +202,24 @@ def seeded_noise(
         device = "cpu" if g is None else g.device
         seeds.append(int(torch.randint(2**63 - 1, (), generator=g, device=device)))
     return SeededNoise([(seed, 0) for seed in seeds], num_tokens, token_dim)
+
+
+def draws(
+    noise: NoiseSource, diffusion_steps: Sequence[int], ahead: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(initial(k), steps(k, T_k)) of every outer step k in turn.
+
+    ahead: seeded noise is drawn for all outer steps at once, on PyTorch's number of threads, so
+        that nobody waits for the host. Other sources are asked step by step, by this thread.
+    """
+
+    def draw(k: int) -> tuple[Tensor, Tensor]:
+        return noise.initial(k), noise.steps(k, diffusion_steps[k])
+
+    threads = min(torch.get_num_threads(), len(diffusion_steps))
+    source = noise.source if isinstance(noise, CheckedNoise) else noise
+    if ahead and threads > 1 and isinstance(source, SeededNoise):
+        with ThreadPoolExecutor(threads) as pool:
+            yield from pool.map(draw, range(len(diffusion_steps)))
+    else:
+        yield from map(draw, range(len(diffusion_steps)))

@@ -158,8 +158,10 @@ class FARPipeline:
                 if callback_on_level_end is not None:
                     callback_on_level_end(self, step, latent)
 
+            # Nobody to tell lets a GPU run all levels as one graph.
+            told = on_level if callback_on_level_end is not None or not bar.disable else None
             latents = sample_latents(
-                self.model, labels, plan, noise, generator, backend, dtype, on_level
+                self.model, labels, plan, noise, generator, backend, dtype, told
             )
         images: Images = latents
         if output_type != "latent":

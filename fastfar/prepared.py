@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastfar._weights import skeleton
 from fastfar.config import FARConfig
-from fastfar.head import DenoisingMLP
+from fastfar.head import SimpleMLPAdaLN
 from fastfar.model import FAR
 from fastfar.ops import use_backend
 from fastfar.ops._head import pack_head
@@ -53,7 +53,7 @@ class PreparedFAR(FAR):
         self._head_weights: Mapping[str, Tensor] = {}
 
     @property
-    def head(self) -> DenoisingMLP:
+    def head(self) -> SimpleMLPAdaLN:
         """Not there: only its packed weights are."""
         self._refuse("its denoising MLP runs inside sampling only")
 
@@ -154,7 +154,9 @@ def prepare_native(model: FAR, dtype: torch.dtype) -> PreparedFAR:
         for key, value in state.items():
             take(key, value)
 
-    return prepare(model.config, dtype, visit)
+    prepared = prepare(model.config, dtype, visit)
+    prepared.set_attention_backend(model.attention_backend)
+    return prepared
 
 
 def _packable(value: Tensor) -> Tensor:

@@ -8,22 +8,25 @@ from __future__ import annotations
 import copy
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastfar import backend as backends
-from fastfar import reference
-from fastfar.levels import unpatchify
+from fastfar import graphs, reference
+from fastfar.graphs import OnLevel, fingerprint
 from fastfar.model import FAR
-from fastfar.noise import CheckedNoise, NoiseSource, seeded_noise
-from fastfar.ops import denoise_loop, filter_mask_patchify, use_backend
+from fastfar.noise import CheckedNoise, NoiseSource, draws, seeded_noise
+from fastfar.ops import use_backend
+from fastfar.ops._folded_head import fold_head
+from fastfar.outer_step import Inputs, OuterStep
 from fastfar.plan import SamplingPlan
 from fastfar.prepared import PreparedFAR, native_reason, prepare_native
 
-OnLevel = Callable[[int, Tensor], object]
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FOLDED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float64, *FOLDED_DTYPES)
 
 
 def sample_latents(
@@ -75,12 +78,15 @@ def sample_latents(
         dtype = backends.best_dtype(name, device)
     shape = (len(labels_B), model.config.num_tokens, model.config.token_dim)
     noise = seeded_noise(generator, *shape) if noise is None else CheckedNoise(noise, *shape)
-    model = _prepared(model, name, dtype)
     with torch.inference_mode():
         if name == "reference":
-            return _sample_reference(model, labels_B.to(device), plan, noise, on_level)
+            copied, _ = _prepared(model, name, dtype)
+            return _sample_reference(copied, labels_B.to(device), plan, noise, on_level)
         with use_backend(name):
-            return _sample(model, labels_B, plan, noise, dtype, on_level)
+            step = OuterStep(*_prepared(model, name, dtype), plan, dtype)
+            if name == "triton" and graphs.wanted(device):
+                return graphs.sample(step, labels_B, noise, on_level)
+            return _sample(step, labels_B, noise, on_level)
 
 
 def check_labels(class_labels: Tensor | Sequence[int] | int, num_classes: int) -> Tensor:
@@ -101,96 +107,21 @@ def check_labels(class_labels: Tensor | Sequence[int] | int, num_classes: int) -
 
 
 def _sample(
-    model: FAR,
-    labels_B: Tensor,
-    plan: SamplingPlan,
-    noise: NoiseSource,
-    dtype: torch.dtype,
-    on_level: OnLevel | None,
+    step: OuterStep, labels_B: Tensor, noise: NoiseSource, on_level: OnLevel | None
 ) -> Tensor:
-    config = model.config
-    batch, device = len(labels_B), _device(model)
-    state_dtype = torch.promote_types(dtype, torch.float32)
-    token_dtype = torch.float32 if isinstance(model, PreparedFAR) else dtype
+    """The outer steps one after the other, each with noise that is drawn when it is needed."""
+    plan, batch, device = step.plan, len(labels_B), _device(step.model)
     classes_C, class_of_B = torch.unique(labels_B, return_inverse=True)
-    class_CD = model.class_embedding(classes_C.to(device))
-    class_of_B = class_of_B.to(device)
-    head = model.head_weights
     order_BL = noise.order().to(device) if plan.mask_ratios is not None else None
-    shape = (batch, config.latent_channels, config.latent_size, config.latent_size)
-    latent_BCHH = torch.zeros(shape, dtype=state_dtype, device=device)
-
-    for k, level in enumerate(plan.levels):
-        scale = plan.guidance_scales[k]
-        mask_BL, num_kept = None, None
-        if order_BL is not None:
-            num_masked = plan.num_masked(k, config.num_tokens)
-            num_kept = config.num_tokens - num_masked
-            mask_BL = torch.zeros(order_BL.shape, dtype=torch.bool, device=device)
-            mask_BL.scatter_(1, order_BL[:, :num_masked], True)
-        if k == 0:
-            guided = scale != 1.0
-            z_MLD = _first_condition(model, class_CD, class_of_B, guided, mask_BL, token_dtype)
-        else:
-            input_level = plan.input_levels[k]
-            tokens_BLP = filter_mask_patchify(
-                latent_BCHH,
-                class_of_B.new_full((batch,), -1 if input_level is None else input_level),
-                mask_BL,
-                patch_size=config.patch_size,
-                num_levels=config.num_levels,
-                kind=config.filter,
-            ).to(token_dtype)
-            class_BD = class_CD[class_of_B]
-            if scale != 1.0:
-                tokens_BLP = tokens_BLP.repeat(2, 1, 1)
-                class_BD = torch.cat([class_BD, model.unconditional_embedding(batch)])
-                mask_BL = None if mask_BL is None else mask_BL.repeat(2, 1)
-            z_MLD = model(tokens_BLP, class_BD, mask_BL, num_kept)
-        x_NP = denoise_loop(
-            head,
-            z_MLD.flatten(0, 1),
-            level,
-            noise.initial(k).to(device, state_dtype),
-            noise.steps(k, plan.diffusion_steps[k]).to(device, state_dtype),
-            guidance_scale=scale,
-            temperature=plan.temperatures[k],
-            x0_range=plan.x0_range,
-            num_timesteps=config.num_timesteps,
-        )
-        latent_BCHH = unpatchify(x_NP.view(batch, config.num_tokens, -1), config.patch_size)
+    inputs = Inputs(classes_C.to(device), class_of_B.to(device), order_BL)
+    dtype = step.state_dtype
+    latent_BCHH = torch.zeros(step.latent_shape(batch), dtype=dtype, device=device)
+    for k, (initial_NP, noise_TNP) in enumerate(draws(noise, plan.diffusion_steps)):
+        initial_NP, noise_TNP = initial_NP.to(device, dtype), noise_TNP.to(device, dtype)
+        latent_BCHH = step(k, inputs, latent_BCHH, initial_NP, noise_TNP)
         if on_level is not None:
             on_level(k, latent_BCHH)
     return latent_BCHH
-
-
-def _first_condition(
-    model: FAR,
-    class_CD: Tensor,
-    class_of_B: Tensor,
-    guided: bool,
-    mask_BL: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """z of outer step 0, where all tokens are zero, or all masked: a function of the class alone.
-
-    So the transformer sees each class once, however many images of it there are, and "no class"
-    once. Returns (B, L, D), or (2 B, L, D) with the unconditional half last.
-    """
-    if guided:
-        class_CD = torch.cat([class_CD, model.unconditional_embedding(1)])
-    count, tokens = len(class_CD), model.config.num_tokens
-    zeros_CLP = torch.zeros(
-        count, tokens, model.config.token_dim, dtype=dtype, device=class_CD.device
-    )
-    if mask_BL is None:
-        z_CLD: Tensor = model(zeros_CLP, class_CD)
-    else:
-        z_CLD = model(zeros_CLP, class_CD, mask_BL[:1].expand(count, -1), 0)
-    row_M = class_of_B
-    if guided:
-        row_M = torch.cat([class_of_B, torch.full_like(class_of_B, count - 1)])
-    return z_CLD[row_M]
 
 
 def _sample_reference(
@@ -232,36 +163,47 @@ def _check_prepared(model: PreparedFAR, name: str, dtype: torch.dtype | None) ->
     return held
 
 
-# model -> (back end, dtype, fingerprint of its weights, copy made for them); one copy is kept.
-_copies: weakref.WeakKeyDictionary[FAR, tuple[str, torch.dtype, tuple[int, ...], FAR]] = (
-    weakref.WeakKeyDictionary()
-)
+@dataclass(frozen=True)
+class _Copy:
+    """What `_prepared` keeps; `model` is None where the model itself is fit."""
+
+    made_for: tuple[object, ...]
+    model: FAR | None
+    head: Mapping[str, Tensor]
+
+
+_copies: weakref.WeakKeyDictionary[FAR, _Copy] = weakref.WeakKeyDictionary()  # one per model
 _copying = threading.Lock()
 
 
-def _prepared(model: FAR, backend: str, dtype: torch.dtype) -> FAR:
-    """The model as `backend` runs it in `dtype`, in eval mode: itself if that is what it is.
+def _prepared(
+    model: FAR, backend: str, dtype: torch.dtype
+) -> tuple[FAR, Mapping[str, Tensor]]:
+    """The model as `backend` runs it in `dtype`, in eval mode, and its head as that takes it.
 
-    Else a copy, kept until the model is gone, its weights change or another one is asked for.
+    The model itself if that is what it is. Else a copy, kept until the model is gone, its weights
+    or its attention back end change, or another one is asked for.
     """
-    if isinstance(model, PreparedFAR):
-        return model
     same = all(parameter.dtype is dtype for parameter in model.parameters())
-    if backend != "native" and same and not model.training:
-        return model
-    # Tensors made in inference mode count no versions.
-    fingerprint = tuple(
-        p.data_ptr() + (0 if p.is_inference() else p._version) for p in model.parameters()
-    )
+    fit = isinstance(model, PreparedFAR) or (backend != "native" and same and not model.training)
+    if fit and backend != "triton":
+        return model, model.head_weights
+    weights = fingerprint(model.parameters())
+    made_for = (backend, dtype, model.attention_backend, weights)
     with _copying:
         kept = _copies.get(model)
-        if kept is not None and kept[:3] == (backend, dtype, fingerprint):
-            return kept[3]
-        _copies.pop(model, None)  # free the old copy before the new one is made
-        kept = None
-        if backend == "native":
-            copied: FAR = prepare_native(model, dtype)
-        else:
-            copied = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
-        _copies[model] = (backend, dtype, fingerprint, copied)
-        return copied
+        if kept is None or kept.made_for != made_for:
+            kept = None
+            _copies.pop(model, None)  # free the old copy before the new one is made
+            copied = model if fit else _copy(model, backend, dtype)
+            head = copied.head_weights
+            if backend == "triton" and dtype in FOLDED_DTYPES:
+                head = fold_head(model.head_weights, dtype)  # as they are: rounded once
+            kept = _copies[model] = _Copy(made_for, None if fit else copied, head)
+    return model if kept.model is None else kept.model, kept.head
+
+
+def _copy(model: FAR, backend: str, dtype: torch.dtype) -> FAR:
+    if backend == "native":
+        return prepare_native(model, dtype)
+    return copy.deepcopy(model).to(dtype).eval().requires_grad_(False)

@@ -15,10 +15,20 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fastfar import _native, backend
+from fastfar._packages import cuda_reason
 from fastfar.config import FARConfig
 from fastfar.model import FAR
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The marker `gpu` skips a test, with the reason, where there is no CUDA device."""
+    reason = cuda_reason()
+    if reason is not None:
+        for item in items:
+            if item.get_closest_marker("gpu") is not None:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session", autouse=True)

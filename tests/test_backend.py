@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastfar import _native, backend
+from fastfar import _native, _packages, backend
 from fastfar.cli import main
+from fastfar.cli._report import report
 
 VARIABLES = ("BACKEND", "ISA", "ATTENTION", "THREADS", "LOG", "REQUIRE_NATIVE")
 
@@ -133,8 +134,8 @@ def test_a_wrong_variable_is_an_error_and_doctor_shows_it(
 
 
 def test_attention_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert backend.attention() == "sdpa"
-    for choice in ("flash", "xformers"):
+    assert backend.attention() == "auto"
+    for choice in ("flash_attn_2", "xformers"):
         monkeypatch.setenv("FASTFAR_ATTENTION", choice)
         with pytest.raises(ValueError, match=f"FASTFAR_ATTENTION={choice} cannot be used: "):
             backend.resolve("torch", "cpu")
@@ -241,7 +242,7 @@ def test_a_broken_or_foreign_package_is_off_with_the_reason(
     for name in ("nvtx", "apex"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(backend, "_cuda_reason", lambda: None)
+    monkeypatch.setattr(_packages, "cuda_reason", lambda: None)
     backend._package_reason.cache_clear()
     try:
         assert "undefined symbol" in str(backend._package_reason("nvtx"))
@@ -281,4 +282,4 @@ def test_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_cuda_device_is_used() -> None:
     assert backend.resolve("auto", "cuda") == "torch"
     assert "CUDA" not in str(backend.backends()["triton"])
-    assert backend.report()["gpu"]["devices"]
+    assert report()["gpu"]["devices"]

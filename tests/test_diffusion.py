@@ -9,7 +9,6 @@ import torch
 
 from fastfar import reference
 from fastfar.diffusion import (
-    add_noise,
     cosine_alpha_bar,
     diffusion_tables,
     spaced_timesteps,
@@ -65,14 +64,6 @@ def test_cosine_alpha_bar_by_hand() -> None:
 
     assert float(bar[499]) == pytest.approx(cosine(0.5) / cosine(0.0), rel=1e-9)
     assert 1e-9 < float(bar[-1]) < 4e-9 and (bar[1:] < bar[:-1]).all()
-
-
-def test_add_noise() -> None:
-    target, noise = torch.randn(2, 7, 3, dtype=torch.float64)
-    timestep = torch.tensor([0, 1, 5, 20, 500, 998, 999])
-    ours = add_noise(target, noise, timestep, 1000)
-    expected = reference.q_sample(target, noise, timestep, reference.make_schedule(1000))
-    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-4), (torch.float64, 1e-12)])

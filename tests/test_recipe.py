@@ -53,6 +53,8 @@ def test_a_preset_and_its_entries_are_one_model() -> None:
         ({"backend": "triton"}, "backend"),
         ({"data": "imagenet"}, "data"),
         ({"compile": "yes"}, "compile"),
+        ({"optimizer": "sgd"}, "optimizer must be one of"),
+        ({"grad_checkpointing": 1.5}, "grad_checkpointing"),
         ({"model": "giant"}, "giant"),
         ({"model": {"widthh": 3}}, "widthh"),
         ({"model": {"width": "wide"}}, "model"),

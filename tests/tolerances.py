@@ -41,6 +41,11 @@ def is_float(leaf: object) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
+def joined(out: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Several results of one shape as one tensor."""
+    return out if isinstance(out, Tensor) else torch.stack(out)
+
+
 def with_gap(x: Tensor) -> Tensor:
     """The same values in rows with a gap between them: not contiguous."""
     if x.ndim == 0:
@@ -51,7 +56,7 @@ def with_gap(x: Tensor) -> Tensor:
 
 
 def evaluate(
-    function: Callable[..., Tensor],
+    function: Callable[..., Any],
     args: Any,
     kwargs: dict[str, Any],
     *,
@@ -65,13 +70,13 @@ def evaluate(
 
     args = tree_map(leaf, args)
     with torch.no_grad():
-        outcome = {"value without gradients": function(*args, **kwargs)}
+        outcome = {"value without gradients": joined(function(*args, **kwargs))}
     if gradients:
-        out = function(*args, **kwargs)
+        out = joined(function(*args, **kwargs))
         generator = torch.Generator().manual_seed(0)
         cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64)
         leaves = [x for x in tree_leaves(args) if is_float(x)]
-        grads = torch.autograd.grad(out, leaves, cotangent.to(out.dtype), allow_unused=True)
+        grads = torch.autograd.grad(out, leaves, cotangent.to(out), allow_unused=True)
         outcome["value"] = out
         outcome |= {
             f"gradient {i} of shape {tuple(x.shape)}": torch.zeros_like(x) if g is None else g
@@ -81,8 +86,8 @@ def evaluate(
 
 
 def assert_close_to_reference(
-    op: Callable[..., Tensor],
-    reference: Callable[..., Tensor],
+    op: Callable[..., Any],
+    reference: Callable[..., Any],
     *args: Any,
     dtype: torch.dtype,
     gradients: bool = True,

@@ -13,6 +13,7 @@ COMMANDS = {
     "sample": "sample images from a checkpoint",
     "train": "train a model",
     "eval": "measure the quality of a checkpoint's samples",
+    "bench": "measure, or predict, the time of an image",
     "convert": "convert a published checkpoint",
     "doctor": "show hardware, back ends and optional packages",
 }

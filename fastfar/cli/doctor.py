@@ -29,9 +29,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Print the report. Returns 0, or 1 when an environment variable cannot be served."""
-    from fastfar import backend
+    from fastfar.cli import _report
 
-    report = backend.report()
+    report = _report.report()
     if args.json:
         print(json.dumps(report, indent=2))
     else:
@@ -62,6 +62,7 @@ def _sections(report: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:
         "This machine": list(machine.items()),
         "Instruction sets": _states(report["instruction_sets"]),
         "Back ends": _states(report["backends"]),
+        "Attention": [*_attention_choices(report), *_states(report["attention"]["backends"])],
         "Optional packages": _states(report["packages"]),
         "Environment variables": list(settings.items()),
     }
@@ -74,6 +75,15 @@ def _native_text(native: dict[str, str | int | None]) -> str:
         f"{native['path']}, runs on {native['isa']} ({native['why']}) in {native['dtype']} by "
         f"default, on {native['threads']} threads; self-test passed"
     )
+
+
+def _attention_choices(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """What "auto" takes; the native back end has an attention of its own."""
+    auto = report["attention"]["auto"]
+    rows = [(f"auto, {use}", f"{auto[use]['name']} ({auto[use]['why']})") for use in auto]
+    if report["gpu"]["problem"] is not None and report["backends"]["native"] is None:
+        rows[0] = ("auto, sampling", "the native back end's own")
+    return rows
 
 
 def _states(reasons: dict[str, str | None]) -> list[tuple[str, str]]:

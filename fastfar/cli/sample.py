@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 _PLANS = ("official-nomask", "official-mask", "paper-nomask", "paper-mask")
+_ALSO = ("images", "levels", "animation", "trace")
 _TOKENS_PER_BATCH = 4096
 _MANY_CLASSES = 20
 
@@ -82,6 +83,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--scale", metavar="K", type=int, default=1, help="enlarge the grid K times (%(default)s)")
     add("--labels", action="store_true", help="write the classes beside the rows")
     add("--vae", metavar="FILE", type=Path, help="published KL-16, for a checkpoint without it")
+    add("--trace", metavar="FILE", type=Path, help="also a Chrome trace of the sampling (.json)")
     add("--quiet", action="store_true", help="no progress bar")
     add("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
@@ -101,6 +103,10 @@ def run(args: argparse.Namespace) -> int:
     _check_writable(args.output.parent)
     if args.images is not None:
         _check_writable(args.images)
+    if args.trace is not None:
+        if args.trace.is_dir():
+            raise ValueError(f"--trace {args.trace} is a folder; give the name of a file")
+        _check_writable(args.trace.parent)
 
     job = _Job(args, _load(args))
     loaded = time.perf_counter()
@@ -256,13 +262,12 @@ class _Job:
         """Fill `images` (and `levels`) batch by batch; True if Ctrl-C ended it."""
         from tqdm import tqdm
 
+        from fastfar.profiling import trace
+
         batches = -(-len(self.labels) // self.batch_size)
-        with tqdm(
-            total=batches * self.plan.head_calls,
-            desc=f"{len(self.labels)} images",
-            unit="step",
-            disable=self.args.quiet,
-        ) as bar:
+        bar_options = {"desc": f"{len(self.labels)} images", "disable": self.args.quiet}
+        total = batches * self.plan.head_calls
+        with trace(self.args.trace), tqdm(total=total, unit="step", **bar_options) as bar:
             try:
                 for first in range(0, len(self.labels), self.batch_size):
                     self._batch(first, bar)
@@ -321,6 +326,8 @@ class _Job:
             for index, image in enumerate(self.images):
                 save_png(args.images / str(self.labels[index]) / f"{index:06d}.png", image)
             written["images"] = str(args.images)
+        if args.trace is not None:
+            written["trace"] = str(args.trace)
         if args.levels:
             strip, animation = (
                 args.output.with_name(f"{args.output.stem}-levels{suffix}")
@@ -356,7 +363,7 @@ def _dtype(name: str) -> torch.dtype | None:
 
 def _report(found: dict[str, Any]) -> str:
     count, each = found["count"], found["seconds_per_image"]
-    also = [str(found[name]) for name in ("images", "levels", "animation") if name in found]
+    also = [str(found[name]) for name in _ALSO if name in found]
     return "\n".join(
         [
             f"{found['output']}: {count} image{'s' if count > 1 else ''}, "

@@ -2,6 +2,7 @@
 
 from fastfar.ops._registry import Op, use_backend
 from fastfar.ops.adaln_mlp_block import adaln_mlp_block
+from fastfar.ops.add_noise import add_noise
 from fastfar.ops.attention import attention
 from fastfar.ops.convolution_residual import convolution_residual
 from fastfar.ops.denoise_loop import denoise_loop
@@ -12,11 +13,14 @@ from fastfar.ops.layernorm_attention_residual import layernorm_attention_residua
 from fastfar.ops.layernorm_linear import layernorm_linear
 from fastfar.ops.layernorm_mlp_residual import layernorm_mlp_residual
 from fastfar.ops.linear import linear
+from fastfar.ops.residual_layernorm import residual_layernorm
+from fastfar.ops.transformer_block import transformer_block
 from fastfar.ops.upsample_convolution import upsample_convolution
 
 __all__ = [
     "Op",
     "adaln_mlp_block",
+    "add_noise",
     "attention",
     "convolution_residual",
     "denoise_loop",
@@ -27,6 +31,8 @@ __all__ = [
     "layernorm_linear",
     "layernorm_mlp_residual",
     "linear",
+    "residual_layernorm",
+    "transformer_block",
     "upsample_convolution",
     "use_backend",
 ]

@@ -54,10 +54,18 @@ def use_backend(name: str) -> Iterator[None]:
     compiled again when it changes.
     """
     global _traced
-    token, before = _active.set(name), _traced
+    before = _traced
+    # A compiler traces what sets the global, but not a ContextVar.
+    token = None if torch.compiler.is_compiling() else _active.set(name)
     _traced = name
     try:
         yield
     finally:
-        _active.reset(token)
         _traced = before
+        if token is not None:
+            _active.reset(token)
+
+
+def active_backend() -> str:
+    """The back end on which an op called here would run, where it has an implementation of it."""
+    return _traced if torch.compiler.is_compiling() else _active.get()

@@ -56,7 +56,8 @@ def kernel_op(
 
         @functools.wraps(function)
         def call(*args: Params.args, **kwargs: Params.kwargs) -> None:
-            if traced() and not is_recording():
+            # Compiled code is never recorded, and a compiler cannot trace a ContextVar.
+            if torch.compiler.is_compiling() or (traced() and not is_recording()):
                 op(*args, **kwargs)
             else:
                 function(*args, **kwargs)

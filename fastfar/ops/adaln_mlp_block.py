@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastfar import _native
-from fastfar.ops import _launch, _training
+from fastfar.ops import _adaln_mlp_block_triton, _launch, _training
 from fastfar.ops._registry import op
 from fastfar.packing import packed
 
@@ -38,11 +38,14 @@ def adaln_mlp_block(
         fc1_weight, fc2_weight: (W, W); fc1_bias, fc2_bias: (W,).
 
     Returns:
-        (N, W), dtype of x. Native under autocast: float32, as the residual stream is.
+        (N, W), dtype of x. Native and Triton under autocast: float32, as the residual stream is.
 
     Native: float32 or bfloat16 tensors of any strides; the operands of the products have the dtype
     of the weights, or that of autocast; statistics, sums, residual and the gradients of parameters
     are float32. TypeError and ValueError for other dtypes, devices and shapes.
+
+    Triton: the same for float32, float16 and bfloat16, gradients of the matrices in the dtype of
+    the products. Three launches without gradients; modulations are read where they lie.
 
     Source: the denoising MLP of MAR (arXiv 2406.11838, section 4.2), unchanged in FAR.
     """
@@ -286,3 +289,4 @@ def _native_implementation(
 
 
 adaln_mlp_block.register("native", _native_implementation)
+adaln_mlp_block.register("triton", _adaln_mlp_block_triton.adaln_mlp_block)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastfar import _native
-from fastfar.ops import _launch
+from fastfar.ops import _attention, _launch
 from fastfar.ops._registry import op
 
 
 @op
 def attention(
-    qkv_BS3HE: Tensor, key_mask_BS: Tensor | None = None, *, dropout: float = 0.0
+    qkv_BS3HE: Tensor,
+    key_mask_BS: Tensor | None = None,
+    *,
+    dropout: float = 0.0,
+    implementation: str = "auto",
 ) -> Tensor:
     """out = softmax(q k^T / sqrt(E)) v over all positions.
 
@@ -22,42 +25,39 @@ def attention(
         key_mask_BS: (B, S) bool, True where a key takes part; None is all of them. An image
             without any gives 0.
         dropout: probability on the attention weights (training).
+        implementation: "auto" or a back end of `backend.ATTENTIONS`; "auto" is FASTFAR_ATTENTION,
+            and where that is not set either, on a CUDA device PyTorch's flash kernel if it takes
+            the call, else what PyTorch chooses.
 
     Returns:
         (B, S, heads * E), dtype of the input.
 
+    Raises:
+        ValueError: the implementation is not known, or cannot serve this call: the message says
+            why and which can.
+
+    Under torch.use_deterministic_algorithms(True) only back ends with a deterministic backward
+    train.
+
     Native: float32, or bfloat16 operands with scores and softmax in float32; TypeError for other
-    dtypes, ValueError for other devices and shapes. With dropout, or where a gradient is wanted,
-    PyTorch computes it.
+    dtypes, ValueError for other devices and shapes. With dropout, or where a gradient or a back end
+    by name is wanted, PyTorch computes it.
 
     Source: Vaswani et al. 2017, eq. 1; layout of timm's Attention.
     """
-    q, k, v = qkv_BS3HE.permute(2, 0, 3, 1, 4).unbind(0)
-    mask = None if key_mask_BS is None else key_mask_BS[:, None, None, :]
-    if q.requires_grad and q.device.type == "cpu":
-        out_BHSE = _attention_for_backward(q, k, v, mask, dropout)
-    else:
-        out_BHSE = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-    return out_BHSE.transpose(1, 2).flatten(2)
-
-
-def _attention_for_backward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
-) -> Tensor:
-    """The formula spelt out: PyTorch's CPU flash backward takes a multiple of this at S < 600."""
-    scores_BHSS = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
-    if mask is not None:
-        scores_BHSS = scores_BHSS.masked_fill(~mask, float("-inf"))
-    weights_BHSS = F.dropout(scores_BHSS.softmax(dim=-1), dropout)
-    return weights_BHSS.to(v.dtype) @ v
+    return _attention.run(qkv_BS3HE, key_mask_BS, dropout, implementation)
 
 
 def _native_implementation(
-    qkv_BS3HE: Tensor, key_mask_BS: Tensor | None = None, *, dropout: float = 0.0
+    qkv_BS3HE: Tensor,
+    key_mask_BS: Tensor | None = None,
+    *,
+    dropout: float = 0.0,
+    implementation: str = "auto",
 ) -> Tensor:
-    if _launch.needs_pytorch({"qkv_BS3HE": qkv_BS3HE}, dropout):
-        result: Tensor = attention.implementations["torch"](qkv_BS3HE, key_mask_BS, dropout=dropout)
-        return result
+    by_name = _attention.asked_for(implementation)[0] != "auto"
+    if by_name or _launch.needs_pytorch({"qkv_BS3HE": qkv_BS3HE}, dropout):
+        return _attention.run(qkv_BS3HE, key_mask_BS, dropout, implementation)
     _launch.check("attention", {"qkv_BS3HE": qkv_BS3HE})
     if qkv_BS3HE.dim() != 5 or qkv_BS3HE.shape[2] != 3:
         raise ValueError(f"qkv is (B, S, 3, heads, E), got {tuple(qkv_BS3HE.shape)}")

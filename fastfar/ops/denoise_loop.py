@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastfar import _native
-from fastfar.diffusion import diffusion_tables, timestep_embedding
+from fastfar.diffusion import (
+    device_table,
+    diffusion_tables,
+    step_coefficients,
+    timestep_embedding,
+    update_table,
+)
+from fastfar.ops._denoise_triton import denoise
+from fastfar.ops._folded_head import FoldedHead
 from fastfar.ops._head import PackedHead, pack_head
 from fastfar.ops._launch import check, compute_dtype, launch, needs_pytorch
 from fastfar.ops._registry import op
@@ -120,15 +129,17 @@ def _denoise_rows(
     rows = len(initial_NP)
     guided = len(condition) == 2 * rows
     dtype = head["input_proj.weight"].dtype
-    tables = diffusion_tables(len(noise_TNP), num_timesteps)
+    steps = step_coefficients(len(noise_TNP), num_timesteps)
     blocks = _block_names(head)
 
     def linear(name: str, x: Tensor) -> Tensor:
         return F.linear(x, head[name + ".weight"], head[name + ".bias"])
 
     # Hoisted: the condition of every row, the time embedding of every step, one modulation matrix.
-    timesteps = tables.timestep.to(initial_NP.device)
     exact = torch.promote_types(dtype, torch.float32)
+    (timesteps,) = device_table(
+        ("timestep",), len(steps), num_timesteps, initial_NP.device, exact
+    )
     features_TF = timestep_embedding(timesteps, dtype=exact).to(dtype)
     time_TW = linear("time_embed.mlp.0", features_TF)
     time_TW = linear("time_embed.mlp.2", F.silu(time_TW))
@@ -142,8 +153,9 @@ def _denoise_rows(
 
     state_dtype = torch.promote_types(initial_NP.dtype, torch.float32)
     x_NP = initial_NP.to(state_dtype)
-    for i in range(len(tables)):
-        t = len(tables) - 1 - i
+    for i, noise_NP in enumerate(noise_TNP):
+        t = len(steps) - 1 - i
+        now = steps[t]
         modulations = F.linear(F.silu(base_MW + time_TW[t]), modulation_weight, modulation_bias)
         parts = iter(modulations.view(len(modulations), -1, width).unbind(dim=1))
         h_MW = linear("input_proj", x_NP.to(dtype))
@@ -172,15 +184,15 @@ def _denoise_rows(
             free_NP = F.linear(h_MW[rows:], weight[:numbers], bias[:numbers]).to(state_dtype)
             eps_NP = free_NP + guidance_scale * (eps_NP - free_NP)
 
-        x0_NP = float(tables.recip[t]) * x_NP - float(tables.recip_m1[t]) * eps_NP
+        x0_NP = now["recip"] * x_NP - now["recip_m1"] * eps_NP
         if x0_range is not None:
             x0_NP = x0_NP.clamp(*x0_range)
-        x_NP = float(tables.mean_x0[t]) * x0_NP + float(tables.mean_xt[t]) * x_NP
+        x_NP = now["mean_x0"] * x0_NP + now["mean_xt"] * x_NP
         if t > 0:
             fraction = (v_NP + 1.0) / 2.0
-            log_variance = fraction * float(tables.log_beta[t])
-            log_variance = log_variance + (1.0 - fraction) * float(tables.log_posterior[t])
-            noise_NP = noise_TNP[i].to(state_dtype)
+            log_variance = fraction * now["log_beta"]
+            log_variance = log_variance + (1.0 - fraction) * now["log_posterior"]
+            noise_NP = noise_NP.to(state_dtype)
             x_NP = x_NP + temperature * torch.exp(0.5 * log_variance) * noise_NP
     return x_NP
 
@@ -255,7 +267,7 @@ def _denoise_loop_native(
         vectors=head["vectors"],
         condition_MD=condition_MD.float().contiguous(),
         time_TW=head.time_embedding(steps, num_timesteps),
-        table=_update_table(steps, num_timesteps, temperature),
+        table=update_table(steps, num_timesteps, temperature),
         initial_NP=initial_NP.float().contiguous(),
         noise_TNP=noise_TNP.float().contiguous(),
         level=float(level),
@@ -274,26 +286,51 @@ def _rows_per_task(rows: int, threads: int) -> int:
     return -(-rows // min(shares, rows))
 
 
-def _update_table(steps: int, num_timesteps: int, temperature: float) -> Tensor:
-    """(T, 8) float32 coefficients of x = a x + b x0 + c x0_previous + s noise, in sampling order.
+# --- Triton ----------------------------------------------------------------------------------
 
-    Columns: x0 from x, x0 from eps, a, b, c, log variance at v = -1 and at v = 1, factor of the
-    noise; s = factor * exp(log variance / 2). Ancestral DDPM: c = 0, no noise at the last step.
-    """
-    tables = diffusion_tables(steps, num_timesteps)
-    noise = torch.full_like(tables.recip, temperature)
-    noise[0] = 0.0
-    columns = (
-        tables.recip,
-        tables.recip_m1,
-        tables.mean_xt,
-        tables.mean_x0,
-        torch.zeros_like(noise),
-        tables.log_posterior,
-        tables.log_beta,
-        noise,
-    )
-    return torch.stack(columns, dim=1).flip(0).to(torch.float32).contiguous()
+
+def _denoise_loop_triton(
+    head: Mapping[str, Tensor],
+    condition_MD: Tensor,
+    level: float,
+    initial_NP: Tensor,
+    noise_TNP: Tensor,
+    *,
+    guidance_scale: float,
+    temperature: float,
+    x0_range: tuple[float, float] | None = None,
+    num_timesteps: int = 1000,
+) -> Tensor:
+    """`denoise_loop` by Triton's kernels; the state is float32."""
+    rows = len(initial_NP)
+    _check(condition_MD, initial_NP, noise_TNP)
+    options: dict[str, Any] = {
+        "guidance_scale": guidance_scale,
+        "temperature": temperature,
+        "x0_range": x0_range,
+        "num_timesteps": num_timesteps,
+    }
+    tensors = {"condition_MD": condition_MD, "initial_NP": initial_NP, "noise_TNP": noise_TNP}
+    folded = isinstance(head, FoldedHead)
+    if needs_pytorch({**tensors, **head}) or not (folded or _triton_takes(head)):
+        if folded:
+            raise ValueError("a folded head has no gradients; give the published parameters")
+        torch_loop = denoise_loop.implementations["torch"]
+        result: Tensor = torch_loop(head, condition_MD, level, initial_NP, noise_TNP, **options)
+        return result
+    if rows == 0:
+        return initial_NP.float()
+    guided = len(condition_MD) == 2 * rows and guidance_scale != 1.0
+    if not guided:
+        condition_MD = condition_MD[:rows]
+    noise_TNP = noise_TNP.contiguous()
+    return denoise(head, condition_MD, level, initial_NP.contiguous(), noise_TNP, **options)
+
+
+def _triton_takes(head: Mapping[str, Tensor]) -> bool:
+    """Whether the kernels multiply in the dtype of these parameters."""
+    return head["input_proj.weight"].dtype in (torch.float32, torch.float16, torch.bfloat16)
 
 
 denoise_loop.register("native", _denoise_loop_native)
+denoise_loop.register("triton", _denoise_loop_triton)

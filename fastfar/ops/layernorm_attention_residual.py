@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastfar import _native
-from fastfar.ops import _launch
+from fastfar.ops import _attention, _launch
 from fastfar.ops._registry import op
-from fastfar.ops.attention import attention
+from fastfar.ops.attention import attention as attend
 from fastfar.ops.linear import linear
 from fastfar.packing import packed
 
@@ -28,6 +28,7 @@ def layernorm_attention_residual(
     num_heads: int,
     eps: float = 1e-6,
     dropout: float = 0.0,
+    attention: str = "auto",
 ) -> Tensor:
     """x + W_o attention(W_qkv LN(x) + b_qkv) + b_o.
 
@@ -38,22 +39,23 @@ def layernorm_attention_residual(
         proj_weight, proj_bias: (D, D), (D,).
         key_mask_BS: (B, S) bool, True where a key takes part.
         dropout: probability on attention weights and on the projection (training).
+        attention: back end of `fastfar.ops.attention`, its `implementation`.
 
     Returns:
         (B, S, D), dtype of x.
 
     Native: x and the vectors are float32 or bfloat16; the weights, packed or not, are of one of
     these dtypes, which the operands of the products are rounded to; all else is float32. TypeError
-    for other dtypes, ValueError for other devices and shapes. With dropout, or where a gradient is
-    wanted, PyTorch computes all but the two linear layers.
+    for other dtypes, ValueError for other devices and shapes. With dropout, or where a gradient or
+    a back end of attention by name is wanted, PyTorch computes all but the two linear layers.
 
     Source: timm's pre-norm ViT block, as used by MAR and FAR.
     """
     batch, length, width = x_BSD.shape
     h_BSD = F.layer_norm(x_BSD, (width,), norm_weight, norm_bias, eps)
-    qkv = linear(h_BSD, qkv_weight, qkv_bias).view(batch, length, 3, num_heads, -1)
-    out_BSD = linear(attention(qkv, key_mask_BS, dropout=dropout), proj_weight, proj_bias)
-    return x_BSD + F.dropout(out_BSD, dropout)
+    qkv = linear(h_BSD, qkv_weight, qkv_bias).view(batch, length, 3, num_heads, width // num_heads)
+    heads_BSD = attend(qkv, key_mask_BS, dropout=dropout, implementation=attention)
+    return x_BSD + F.dropout(linear(heads_BSD, proj_weight, proj_bias), dropout)
 
 
 def _native_implementation(
@@ -69,6 +71,7 @@ def _native_implementation(
     num_heads: int,
     eps: float = 1e-6,
     dropout: float = 0.0,
+    attention: str = "auto",
 ) -> Tensor:
     name = "layernorm_attention_residual"
     tensors = {
@@ -80,9 +83,15 @@ def _native_implementation(
         "proj_weight": proj_weight,
         "proj_bias": proj_bias,
     }
-    if _launch.needs_pytorch(tensors, dropout):
+    by_name = _attention.asked_for(attention)[0] != "auto"
+    if _launch.needs_pytorch(tensors, dropout) or by_name:
         result: Tensor = layernorm_attention_residual.implementations["torch"](
-            *tensors.values(), key_mask_BS, num_heads=num_heads, eps=eps, dropout=dropout
+            *tensors.values(),
+            key_mask_BS,
+            num_heads=num_heads,
+            eps=eps,
+            dropout=dropout,
+            attention=attention,
         )
         return result
     _launch.check(name, tensors)

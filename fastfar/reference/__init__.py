@@ -15,6 +15,7 @@ from __future__ import annotations
 from .autoencoder import convolution_residual, groupnorm_silu, upsample_convolution
 from .diffusion import (
     Schedule,
+    add_noise,
     ancestral_step,
     cosine_betas,
     denoise_loop,
@@ -41,11 +42,14 @@ from .transformer import (
     layernorm_attention_residual,
     layernorm_linear,
     layernorm_mlp_residual,
+    residual_layernorm,
+    transformer_block,
 )
 
 __all__ = [
     "Schedule",
     "adaln_mlp_block",
+    "add_noise",
     "ancestral_step",
     "area_bicubic_filter",
     "attention",
@@ -69,10 +73,12 @@ __all__ = [
     "next_mask",
     "patchify",
     "q_sample",
+    "residual_layernorm",
     "sample_latents",
     "space_timesteps",
     "timestep_embedding",
     "training_loss",
+    "transformer_block",
     "unpatchify",
     "upsample_convolution",
 ]

@@ -89,6 +89,14 @@ def q_sample(target_NP: Tensor, noise_NP: Tensor, timestep_N: Tensor, schedule: 
     return signal_N1 * target_NP + sigma_N1 * noise_NP
 
 
+def add_noise(
+    x0_RP: Tensor, noise_NP: Tensor, timestep_N: Tensor, *, num_timesteps: int = 1000
+) -> Tensor:
+    """`q_sample` of N = M R rows: the R clean tokens M times, all of them before any again."""
+    x0_NP = x0_RP.repeat(noise_NP.shape[0] // x0_RP.shape[0], 1)
+    return q_sample(x0_NP, noise_NP, timestep_N, make_schedule(num_timesteps))
+
+
 def mean_and_log_variance(
     eps_NP: Tensor,
     v_NP: Tensor,
@@ -205,11 +213,12 @@ def _discretised_log_likelihood(target_NP: Tensor, mean_NP: Tensor, log_scale_NP
 
 def hybrid_loss(
     output_N2P: Tensor,
-    target_NP: Tensor,
+    target_RP: Tensor,
     noise_NP: Tensor,
     noised_NP: Tensor,
     timestep_N: Tensor,
     *,
+    weight_N: Tensor | None = None,
     num_timesteps: int = 1000,
 ) -> Tensor:
     """Per row: mean (noise - eps)^2 + variational bound in bits per dimension (eps detached).
@@ -218,10 +227,12 @@ def hybrid_loss(
     Gaussian) at t = 0: improved DDPM with learned-range variances and `LossType.MSE` (the bound is
     not rescaled by N / 1000).
 
-    output_N2P: head output (eps, v). target_NP: x_0. noised_NP: x_t. timestep_N: int64. Returns
+    output_N2P: head output (eps, v). target_RP: x_0; all R rows serve N / R times, one after the
+    other. noised_NP: x_t. timestep_N: int64. weight_N: factor of each row, None = 1. Returns
     loss_N.
     """
     schedule = make_schedule(num_timesteps)
+    target_NP = target_RP.repeat(noise_NP.shape[0] // target_RP.shape[0], 1)
     eps_NP, v_NP = output_N2P.chunk(2, dim=-1)
     mse_N = ((noise_NP - eps_NP) ** 2).mean(dim=-1)
 
@@ -234,4 +245,5 @@ def hybrid_loss(
     kl_NP = 0.5 * (kl_NP + squared_NP * torch.exp(-log_NP))
     nll_NP = -_discretised_log_likelihood(target_NP, mean_NP, 0.5 * log_NP)
     bound_NP = torch.where((timestep_N == 0).unsqueeze(-1), nll_NP, kl_NP)
-    return mse_N + bound_NP.mean(dim=-1) / math.log(2)
+    loss_N = mse_N + bound_NP.mean(dim=-1) / math.log(2)
+    return loss_N if weight_N is None else weight_N.to(loss_N.dtype) * loss_N

@@ -97,6 +97,7 @@ def filter_mask_patchify(
     latent_BCHW: Tensor,
     level_B: Tensor,
     mask_BL: Tensor | None = None,
+    kept_BK: Tensor | None = None,
     *,
     patch_size: int,
     num_levels: int,
@@ -105,11 +106,14 @@ def filter_mask_patchify(
     """tokens = (1 - mask) * patchify(low_pass(latent, level)), the input of the transformer.
 
     latent_BCHW: float. level_B: int64 (B,), 0..num_levels, or -1 for "not filtered" (see
-    `low_pass`). mask_BL: 1 (or True) = masked, or None. Returns tokens_BLP in the dtype of the
-    latent.
+    `low_pass`). mask_BL: 1 (or True) = masked, or None. kept_BK: int64 (B, K), the tokens to
+    return, in this order, or None for all. Returns tokens_BLP (tokens_BKP with kept_BK) in the
+    dtype of the latent.
     """
     filtered_BCHW = low_pass(latent_BCHW, level_B, num_levels=num_levels, kind=kind)
     tokens_BLP = patchify(filtered_BCHW, patch_size)
-    if mask_BL is None:
+    if mask_BL is not None:
+        tokens_BLP = tokens_BLP.masked_fill(mask_BL.bool().unsqueeze(-1), 0.0)
+    if kept_BK is None:
         return tokens_BLP
-    return tokens_BLP.masked_fill(mask_BL.bool().unsqueeze(-1), 0.0)
+    return torch.stack([tokens_BLP[b, kept_K] for b, kept_K in enumerate(kept_BK)])

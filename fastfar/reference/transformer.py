@@ -88,6 +88,53 @@ def layernorm_mlp_residual(
     return x_BSD + F.linear(hidden, fc2_weight, fc2_bias)
 
 
+def residual_layernorm(
+    x_ND: Tensor,
+    update_ND: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    *,
+    eps: float = LAYERNORM_EPS,
+) -> tuple[Tensor, Tensor]:
+    """s = x + update and LN(s): what lies between the halves of two blocks.
+
+    x_ND: float (..., D). update_ND: the same shape, or None for s = x. norm_weight, norm_bias: None
+    for a LayerNorm without affine. Returns both, of the shape of x.
+    """
+    sum_ND = x_ND if update_ND is None else x_ND + update_ND
+    return sum_ND, F.layer_norm(sum_ND, sum_ND.shape[-1:], norm_weight, norm_bias, eps)
+
+
+def transformer_block(
+    x_BSD: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    key_mask_BS: Tensor | None = None,
+    *,
+    num_heads: int,
+    eps: float = LAYERNORM_EPS,
+) -> Tensor:
+    """Both halves of a pre-norm ViT block.
+
+    x_BSD: float. Weights and mask: see `layernorm_attention_residual` and `layernorm_mlp_residual`.
+    Returns (B, S, D).
+    """
+    first = (norm1_weight, norm1_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, key_mask_BS)
+    y_BSD = layernorm_attention_residual(x_BSD, *first, num_heads=num_heads, eps=eps)
+    second = (norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    return layernorm_mlp_residual(y_BSD, *second, eps=eps)
+
+
 def _blocks(x_BSD: Tensor, params: Mapping[str, Tensor], stack: str, num_heads: int) -> Tensor:
     """All blocks `stack.0`, `stack.1`, ... in turn."""
     index = 0
@@ -97,10 +144,9 @@ def _blocks(x_BSD: Tensor, params: Mapping[str, Tensor], stack: str, num_heads: 
         def pair(name: str, prefix: str = prefix) -> tuple[Tensor, Tensor]:
             return params[f"{prefix}.{name}.weight"], params[f"{prefix}.{name}.bias"]
 
-        x_BSD = layernorm_attention_residual(
-            x_BSD, *pair("norm1"), *pair("attn.qkv"), *pair("attn.proj"), num_heads=num_heads
-        )
-        x_BSD = layernorm_mlp_residual(x_BSD, *pair("norm2"), *pair("mlp.fc1"), *pair("mlp.fc2"))
+        names = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+        pairs = [each for name in names for each in pair(name)]
+        x_BSD = transformer_block(x_BSD, *pairs, num_heads=num_heads)
         index += 1
     return x_BSD
 

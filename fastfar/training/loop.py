@@ -22,13 +22,13 @@ from torch import Tensor
 
 from fastfar import backend
 from fastfar.data import ImageDataset
-from fastfar.diffusion import add_noise
 from fastfar.levels import patchify
 from fastfar.model import FAR
-from fastfar.ops import filter_mask_patchify, use_backend
+from fastfar.ops import add_noise, filter_mask_patchify, use_backend
 from fastfar.tokenizer import PixelTokenizer
 from fastfar.training.ema import EMA
 from fastfar.training.loss import diffusion_loss, sample_draws
+from fastfar.training.optimizer import load_optimizer_state, make_optimizer
 from fastfar.training.recipe import Recipe
 from fastfar.training.state import (
     STATE_FILE,
@@ -66,7 +66,7 @@ def batch_rows(count: int, step: int, size: int, seed: int) -> Tensor:
 
 
 class Trainer:
-    """One training run in one folder, on the CPU.
+    """One training run in one folder.
 
     The folder holds state.pt (weights, EMA, optimiser, step, recipe, tokenizer, class names),
     log.jsonl and recipe.json. A folder that already has a state.pt is resumed, and may go on with
@@ -76,21 +76,32 @@ class Trainer:
         recipe: what to train.
         data: images (M, H, W) or (M, C, H, W) and labels.
         folder: where everything is written.
+        device: where to train; the draws are the same on every device.
 
     Raises:
-        ValueError: the folder belongs to another recipe or holds a damaged state, or the data does
-            not fit the model.
+        ValueError: the folder belongs to another recipe or holds a damaged state, the data does
+            not fit the model, or device, back end or optimizer cannot be used.
     """
 
-    def __init__(self, recipe: Recipe, data: ImageDataset, folder: Path) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: ImageDataset,
+        folder: Path,
+        device: torch.device | str = "cpu",
+    ) -> None:
         _check_data(recipe, data)
+        self.device = torch.device(device)
+        plain = recipe.backend == "auto" and self.device.type == "cpu"
+        self.backend = backend.resolve("torch" if plain else recipe.backend, self.device)
         self.recipe, self.data, self.folder = recipe, data, folder
         self.tokenizer = pixel_tokenizer(data)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
-            self.model = FAR(recipe.config).train()
+            self.model = FAR(recipe.config).train().to(self.device)
+        self.model.set_grad_checkpointing(recipe.grad_checkpointing)
         self.ema = EMA(self.model, recipe.ema_decay)
-        self.optimizer = _adamw(self.model, recipe)
+        self.optimizer = make_optimizer(self.model, recipe)
         self.step = 0
         self.changes: dict[str, tuple[Any, Any]] = {}
         self._saved_step = -1
@@ -99,10 +110,9 @@ class Trainer:
         if self.state_path.exists():
             self._load()
         trim_log(folder, self.step)
-        self.backend = backend.resolve("torch" if recipe.backend == "auto" else recipe.backend)
         self.dtype = torch.float32 if recipe.dtype == "float32" else torch.bfloat16
         if recipe.dtype == "auto":
-            self.dtype = backend.best_dtype(self.backend, torch.device("cpu"))
+            self.dtype = backend.best_dtype(self.backend, self.device)
         self.loss = torch.compile(diffusion_loss) if recipe.compile else diffusion_loss
 
     @property
@@ -111,7 +121,8 @@ class Trainer:
 
     def batch(self, step: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
         """Images (size, C, H, W) in [-1, 1] and labels (size,) of one optimiser step."""
-        return self.data.take(batch_rows(len(self.data), step, size, seed))
+        images, labels = self.data.take(batch_rows(len(self.data), step, size, seed))
+        return images.to(self.device), labels.to(self.device)
 
     def train_step(self) -> Record:
         """One optimiser step; a step whose gradient is not finite changes nothing and says so.
@@ -139,9 +150,11 @@ class Trainer:
             group["lr"] = lr
         # Dropout draws from PyTorch's own generator: what ran before must not matter to it, nor
         # the step to what runs after. The offset keeps it apart from the draws above.
-        with torch.random.fork_rng(devices=[]):
+        gpus = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=gpus):
             torch.manual_seed(2**40 + recipe.seed * 104_729 + self.step)
-            autocast = torch.autocast("cpu", self.dtype, enabled=self.dtype is not torch.float32)
+            half = self.dtype is not torch.float32
+            autocast = torch.autocast(self.device.type, self.dtype, enabled=half)
             with autocast, use_backend(self.backend):
                 latents = self.tokenizer.to_latents(images)
                 loss = self.loss(self.model, latents, labels, draws, recipe.level_weight)
@@ -180,7 +193,7 @@ class Trainer:
         level = min(level, config.num_levels)
         tokens = filter_mask_patchify(
             latents,
-            torch.full((len(latents),), level),
+            torch.full((len(latents),), level, device=self.device),
             patch_size=config.patch_size,
             num_levels=config.num_levels,
             kind=config.filter,
@@ -188,12 +201,15 @@ class Trainer:
         self.model.eval()
         z_ND = self.model(tokens, self.model.class_embedding(labels)).flatten(0, 1)
         target_NP = patchify(latents, config.patch_size).flatten(0, 1)
-        noise_NP = torch.randn(target_NP.shape, generator=generator)
-        level_N = torch.full((len(target_NP),), float(level))
+        rows = target_NP.shape[:1]
+        noise_NP = torch.randn(target_NP.shape, generator=generator).to(self.device)
+        level_N = torch.full(rows, float(level), device=self.device)
         errors = {}
         for t in PROBE_TIMESTEPS:
-            timestep_N = torch.full((len(target_NP),), min(t, config.num_timesteps - 1))
-            noised_NP = add_noise(target_NP, noise_NP, timestep_N, config.num_timesteps)
+            timestep_N = torch.full(rows, min(t, config.num_timesteps - 1), device=self.device)
+            noised_NP = add_noise(
+                target_NP, noise_NP, timestep_N, num_timesteps=config.num_timesteps
+            )
             output = self.model.head(noised_NP, timestep_N, z_ND, level_N)
             eps_NP = output[:, : config.token_dim]
             errors[f"eps_rmse_t{t}"] = float((eps_NP - noise_NP).square().mean().sqrt())
@@ -283,15 +299,12 @@ class Trainer:
                 f"the run in {self.folder} was started with other images (then {known}, now "
                 f"{self.tokenizer.to_dict()}); choose another folder, or give the same data"
             )
-        settings = [_settings(group) for group in self.optimizer.param_groups]
         try:
             self.model.load_state_dict(state["model"])
             self.ema.load_state_dict(state["ema"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_optimizer_state(self.optimizer, state["optimizer"])
         except (RuntimeError, KeyError) as error:
             raise ValueError(f"{self.state_path} does not fit its own recipe: {error}") from error
-        for group, values in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(values)  # the recipe's, which the loaded state has overwritten
         self.step = self._saved_step = int(state["step"])
 
 
@@ -333,24 +346,6 @@ def _check_data(recipe: Recipe, data: ImageDataset) -> None:
             f"the data has {len(labels)} labels from {int(labels.min())} to {int(labels.max())} "
             f"for {len(data)} images; the model has the classes 0..{config.num_classes - 1}"
         )
-
-
-def _adamw(model: FAR, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW without weight decay on vectors (biases, norms) and on the head."""
-    decayed: list[Tensor] = []
-    free: list[Tensor] = []
-    for name, parameter in model.named_parameters():
-        plain = parameter.ndim < 2 or name.startswith("diffloss.")
-        (free if plain else decayed).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": recipe.weight_decay},
-        {"params": free, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=True)
-
-
-def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    return {name: group[name] for name in ("lr", "betas", "weight_decay", "fused")}
 
 
 @contextmanager

@@ -34,6 +34,10 @@ class Recipe:
         dtype: "auto" (bfloat16 autocast where the machine has it), "bfloat16" or "float32".
         backend: "native" (the kernels' forward and backward), "torch", or "auto": "torch", which
             was measured to be a little faster on the demo. It may change within a run.
+        optimizer: "torch" (torch.optim.AdamW, fused), or "apex" (apex.optimizers.FusedAdam, on a
+            GPU). It may change within a run.
+        grad_checkpointing: compute every block again in the backward instead of keeping its
+            activations: less memory, the same gradients, about a third more time.
         seed: with the step number it decides every draw, so a resumed run repeats nothing.
 
     Raises:
@@ -61,6 +65,8 @@ class Recipe:
     dtype: str = "auto"
     backend: str = "auto"
     compile: bool = False
+    optimizer: str = "torch"
+    grad_checkpointing: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -82,6 +88,8 @@ class Recipe:
             "backend": ("auto", "native", "torch"),
             "level_per_image": (True, False),
             "compile": (True, False),
+            "optimizer": ("torch", "apex"),
+            "grad_checkpointing": (True, False),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

@@ -38,11 +38,11 @@ _TABLE: dict[tuple[str, int], dict[int, Config]] = {
     # --- filter: BM positions or rows, BK of the sum, BF = channels x columns of the latent ---
     ("filter_mask_patchify", 4): {
         INTERPRETER: _c(4, 1, BM=128, BK=16, BF=256),
-        80: _c(4, 2, BM=32, BK=16, BF=128),
+        70: _c(4, 2, BM=32, BK=16, BF=128),
     },
     ("filter_mask_patchify_backward", 4): {
         INTERPRETER: _c(4, 1, BM=16, BK=128, BF=256),
-        80: _c(4, 1, BM=16, BK=32, BF=128),
+        70: _c(4, 1, BM=16, BK=32, BF=128),
     },
     # --- row by row: TILE numbers, see `row_tile` ---------------------------------------------
     ("hybrid_loss", 4): {80: _c(4, 1, TILE=1024)},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from dirty_scratch import assert_same_on_any_number_of_threads
@@ -70,6 +72,61 @@ def test_dropout_keeps_the_mean(needs_gradient: bool) -> None:
     draws = torch.stack([attention(qkv, dropout=0.3).detach() for _ in range(2000)])
     assert draws.std(0).min() > 0.01
     assert relative(draws.mean(0), attention(qkv)) < 0.05
+
+
+# --- back ends by name -------------------------------------------------------------------------
+
+ON_THE_CPU = ("sdpa", "sdpa_flash", "sdpa_math")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ON_THE_CPU)
+def test_by_name(name: str, dtype: torch.dtype) -> None:
+    by_name = partial(attention, implementation=name)
+    mask = torch.rand(2, 7) < 0.6
+    mask[:, 0] = True
+    for given in ((inputs((2, 7, 3, 5)),), (inputs((2, 7, 3, 5)), mask)):
+        assert_close_to_reference(by_name, reference.attention, *given, dtype=dtype)
+
+
+@pytest.mark.parametrize("name", ON_THE_CPU)
+def test_by_name_an_image_without_keys_gives_zeros(name: str) -> None:
+    mask = torch.tensor([[True, True, False], [False, False, False]])
+    with torch.no_grad():
+        out = attention(inputs((2, 3, 2, 4)), mask, implementation=name)
+    assert out[0].all() and not out[1].any()
+
+
+@pytest.mark.parametrize("name", ["auto", "sdpa_flash", "sdpa_math"])
+def test_compiled(name: str) -> None:
+    """In one graph, with values and gradients as without; once more where lengths are symbols."""
+
+    def loss(qkv_BS3HE: Tensor, mask_BS: Tensor) -> Tensor:
+        return attention(qkv_BS3HE, mask_BS, implementation=name).square().sum()
+
+    torch.compiler.reset()
+    traced = "aot_eager" if name == "sdpa_flash" else "eager"  # which also traces the backward
+    compiled = torch.compile(loss, fullgraph=True, backend=traced)
+    for length in (7, 9):
+        qkv, mask = inputs((2, length, 2, 4)).float(), torch.rand(2, length) < 0.7
+        mask[:, 0] = True
+        results = []
+        for function in (loss, compiled):
+            leaf = qkv.clone().requires_grad_()
+            value = function(leaf, mask)
+            value.backward()
+            results.append((value.detach(), leaf.grad))
+        torch.testing.assert_close(results[1], results[0])
+    torch.compiler.reset()
+
+
+def test_compiling_what_cannot_be_served_shows_the_reason() -> None:
+    @partial(torch.compile, fullgraph=True, backend="eager")
+    def compiled(qkv_BS3HE: Tensor) -> Tensor:
+        return attention(qkv_BS3HE, implementation="sdpa_cudnn")
+
+    with pytest.raises(Exception, match="'sdpa_cudnn' cannot be used: it runs on NVIDIA GPUs"):
+        compiled(inputs((1, 3, 2, 4)))
 
 
 # --- native ----------------------------------------------------------------------------------

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
+from guarded import guarded, outputs
+from native_training import opcheck_of
 from tolerances import DTYPES, assert_close_to_reference, relative, with_gap
 from torch import Tensor
 
 from fastfar import reference
 from fastfar._native import NativeLibrary
+from fastfar.levels import filter_matrices
 from fastfar.ops import filter_mask_patchify, use_backend
 from fastfar.ops.filter_mask_patchify import _backward, _forward
 
@@ -102,6 +107,34 @@ def test_bad_arguments() -> None:
         filter_mask_patchify(latent, level[:1], patch_size=1, num_levels=8)
     with pytest.raises(TypeError, match="integer"):
         filter_mask_patchify(latent, level.float(), patch_size=1, num_levels=8)
+
+
+@pytest.mark.parametrize("backend", ["torch", "native", "triton"])
+@pytest.mark.parametrize("patch, count", [(1, 1), (2, 5), (3, 4)])
+def test_kept_tokens(
+    patch: int, count: int, backend: str, request: pytest.FixtureRequest
+) -> None:
+    """Some tokens in any order, one of them twice, masked ones among them; values and gradients."""
+    if backend == "native":
+        request.getfixturevalue("library")
+    if backend == "triton":
+        pytest.importorskip("triton")
+    level = torch.tensor([0, 3, 8, -1, 5])
+    latent = torch.randn(5, 3, 6, 6, dtype=torch.float64)
+    length = (6 // patch) ** 2
+    kept = torch.stack([torch.randperm(length) for _ in range(5)])[:, :count]
+    kept[1, -1] = kept[1, 0]
+    options = {"patch_size": patch, "num_levels": 8}
+    with use_backend(backend):
+        for mask in (None, mask_for(5, 6, patch)):
+            args = (latent, level, mask, kept)
+            assert_close_to_reference(*OPS, *args, dtype=torch.float32, **options)
+    whole = reference.filter_mask_patchify(latent, level, mask, **options)
+    tokens = reference.filter_mask_patchify(latent, level, mask, kept, **options)
+    for b, j in itertools.product(range(5), range(count)):
+        assert torch.equal(tokens[b, j], whole[b, kept[b, j]])
+    with use_backend(backend), pytest.raises(ValueError, match=r"kept_BK must have shape \(5, K"):
+        filter_mask_patchify(latent.float(), level, None, kept[:4], **options)
 
 
 # --- native ----------------------------------------------------------------------------------
@@ -215,6 +248,134 @@ def test_native_bad_arguments(library: NativeLibrary) -> None:
             filter_mask_patchify(latent, level, patch_size=3, num_levels=8)
         with pytest.raises(ValueError, match="level"):
             filter_mask_patchify(latent, level[:1], **options)
+        with pytest.raises(ValueError, match=r"0\.\.8"):
+            filter_mask_patchify(latent, level + 7, **options)
+        with pytest.raises(TypeError, match="integer"):
+            filter_mask_patchify(latent, level.float(), **options)
+        with pytest.raises(ValueError, match="mask_BL"):
+            filter_mask_patchify(latent, level, torch.zeros(2, 4), **options)
+
+
+# --- triton ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size, patch", SIZES)
+def test_triton_values_and_gradients(size: int, patch: int, kind: str) -> None:
+    pytest.importorskip("triton")
+    level = torch.tensor([-1, 0, 1, 11])
+    latent = torch.randn(4, 3, size, size, dtype=torch.float64)
+    options = {"patch_size": patch, "num_levels": LEVELS, "kind": kind}
+    with use_backend("triton"):
+        mask = None if kind == "fourier" else mask_for(4, size, patch)
+        assert_close_to_reference(*OPS, latent, level, mask, dtype=torch.float32, **options)
+
+
+@pytest.mark.parametrize("size, channels, patch", [(16, 17, 1), (20, 1, 4), (18, 3, 2)])
+def test_triton_in_half_precision_and_of_any_layout(size: int, channels: int, patch: int) -> None:
+    pytest.importorskip("triton")
+    level = torch.tensor([11])
+    latent = torch.randn(1, channels, size, size, dtype=torch.float64)
+    args = (latent, level, mask_for(1, size, patch))
+    with use_backend("triton"):
+        for layout in (with_gap, lambda x: x.to(memory_format=torch.channels_last)):
+            assert_close_to_reference(
+                *OPS, *args, dtype=torch.float16, layout=layout, patch_size=patch, num_levels=16
+            )
+
+
+@pytest.mark.parametrize("kept, arch", [(None, 0), (7, 80)])  # tiles of the interpreter, of a GPU
+@pytest.mark.parametrize("channels, patch", [(1, 1), (5, 2), (9, 4)])
+def test_triton_stays_inside_its_tensors(
+    channels: int, patch: int, kept: int | None, arch: int
+) -> None:
+    pytest.importorskip("triton")
+    from fastfar.kernels.gpu import filter_mask_patchify as kernels
+
+    size, length = 20, (20 // patch) ** 2
+    level, mask = guarded(torch.tensor([4, 0, 9])), guarded(mask_for(3, size, patch))
+    chosen = None if kept is None else guarded(torch.randint(length, (3, kept)))
+    matrices = guarded(filter_matrices(size, 16).float())
+    latent = torch.randn(3, channels, size, size)
+    shape = (3, kept or length, channels * patch**2)
+    tokens, gradient = outputs(shape, torch.float32), outputs(latent.shape, torch.float32)
+    options = {"patch_size": patch, "arch": arch}
+    shared = (level, mask, chosen, matrices)
+    kernels.filter_mask_patchify(guarded(latent), *shared, tokens.tensor, **options)
+    tokens.intact()
+    cotangent = guarded(torch.randn(shape))
+    kernels.filter_mask_patchify_backward(cotangent, *shared, gradient.tensor, **options)
+    gradient.intact()
+    truth = reference.filter_mask_patchify(
+        latent.double(), level, mask, chosen, patch_size=patch, num_levels=16
+    )
+    assert relative(tokens.tensor, truth) < 1e-6
+    # The transpose: <forward(x), g> = <x, backward(g)>.
+    inner = (truth * cotangent.double()).sum()
+    ours = (latent.double() * gradient.tensor.double()).sum()
+    torch.testing.assert_close(ours, inner, rtol=1e-5, atol=1e-5)
+
+
+def test_triton_special_levels_are_exact_and_strange_ones_are_safe() -> None:
+    pytest.importorskip("triton")
+    from fastfar.kernels.gpu import filter_mask_patchify as kernels
+
+    latent = torch.randn(5, 2, 6, 6)
+    latent[0, 0, 0, 0] = float("nan")  # of no account at level 0
+    tokens = outputs((5, 9, 8), torch.float32)
+    level = torch.tensor([0, 8, -1, 2**40, -7])  # on a GPU nobody looks whether they are in range
+    matrices = filter_matrices(6, 8).float()
+    kernels.filter_mask_patchify(
+        guarded(latent), level, None, None, matrices, tokens.tensor, patch_size=2, arch=0
+    )
+    tokens.intact()
+    assert not tokens.tensor[0].any()
+    assert torch.equal(tokens.tensor[1:], reference.patchify(latent[1:], 2))
+    kept = torch.tensor([[9, -1, 3, 2**40]]).expand(5, -1)
+    tokens = outputs((5, 4, 8), torch.float32)
+    kernels.filter_mask_patchify(
+        guarded(latent), level, None, kept, matrices, tokens.tensor, patch_size=2, arch=0
+    )
+    assert not tokens.tensor[:, [0, 1, 3]].any()
+    assert torch.equal(tokens.tensor[1:, 2], reference.patchify(latent[1:], 2)[:, 3])
+
+
+def test_triton_reads_inputs_of_any_strides() -> None:
+    """A level for all images, a slice of an order, a latent that is a view of tokens."""
+    pytest.importorskip("triton")
+    level = torch.tensor([3]).expand(4)
+    kept = torch.stack([torch.randperm(36) for _ in range(4)])[:, 30:]
+    latent = torch.randn(4, 36, 5).transpose(1, 2).unflatten(2, (6, 6))
+    options = {"patch_size": 1, "num_levels": 8}
+    with use_backend("triton"):
+        out = filter_mask_patchify(latent, level, None, kept, **options)
+        plain = filter_mask_patchify(latent.contiguous(), level.clone(), None, kept, **options)
+    assert torch.equal(out, plain)
+    truth = reference.filter_mask_patchify(latent.double(), level, None, kept, **options)
+    assert relative(out, truth) < 1e-6
+
+
+def test_triton_follows_pytorch_s_rules_for_custom_ops() -> None:
+    pytest.importorskip("triton")
+    level, mask, kept = torch.tensor([2, 3]), mask_for(2, 6, 2), torch.tensor([[1, 7], [0, 0]])
+    options = (2, 8, "area_bicubic")
+    name = "filter_mask_patchify_triton"
+    latent = torch.randn(2, 3, 6, 6, requires_grad=True)
+    opcheck_of(name, latent, level, None, kept, *options)
+    tokens = torch.randn(2, 9, 12, requires_grad=True)
+    opcheck_of(f"{name}_backward", tokens, level, mask, None, *options, 6)
+
+
+def test_triton_leaves_double_precision_to_pytorch_and_checks_what_it_can_see() -> None:
+    pytest.importorskip("triton")
+    latent, level = torch.randn(2, 2, 4, 4), torch.tensor([1, 2])
+    options = {"patch_size": 1, "num_levels": 8}
+    with use_backend("triton"):
+        assert filter_mask_patchify(latent.double(), level, **options).dtype is torch.float64
+        with pytest.raises(ValueError, match="kind"):
+            filter_mask_patchify(latent, level, **options, kind="gauss")
+        with pytest.raises(ValueError, match="patches of 3"):
+            filter_mask_patchify(latent, level, patch_size=3, num_levels=8)
         with pytest.raises(ValueError, match=r"0\.\.8"):
             filter_mask_patchify(latent, level + 7, **options)
         with pytest.raises(TypeError, match="integer"):

@@ -83,60 +83,60 @@ LAUNCHES: dict[str, Callable[[int, torch.dtype], None]] = {
 # --- filter, noise and loss ------------------------------------------------------------------
 
 
-def _filter_arguments(
-    dtype: torch.dtype, channels: int = 16, size: int = 16, kept: int | None = None, patch: int = 1
-) -> tuple[tuple[torch.Tensor | None, ...], torch.Tensor, torch.Tensor]:
-    """What both kernels share (levels, mask, kept tokens, matrices), the latent and the tokens."""
+def _filter(
+    arch: int, dtype: torch.dtype, channels: int, size: int, patch: int, kept: int | None
+) -> None:
+    from fastfar.kernels.gpu import filter_mask_patchify as kernels
+
     batch, length = 8, (size // patch) ** 2
-    shared = (
-        torch.empty(batch, dtype=torch.int64, device="cuda"),
-        torch.empty(batch, length, dtype=torch.bool, device="cuda"),
-        None if kept is None else torch.empty(batch, kept, dtype=torch.int64, device="cuda"),
-        torch.empty(17, size, size, device="cuda"),
-    )
-    latent = torch.empty(batch, channels, size, size, dtype=dtype, device="cuda")
     count = length if kept is None else kept
-    tokens = torch.empty(batch, count, channels * patch**2, dtype=dtype, device="cuda")
-    return shared, latent, tokens
-
-
-def _filter_mask_patchify(arch: int, dtype: torch.dtype) -> None:
-    """All tokens, those that are kept, the demo model's patches of 4 x 4, and a 64 x 64 latent."""
-    from fastfar.kernels.gpu.filter_mask_patchify import (
-        filter_mask_patchify,
-        filter_mask_patchify_backward,
+    latent_BCHH = _matrix(batch, channels, size, size, dtype=dtype)
+    tokens_BKP = _matrix(batch, count, channels * patch**2, dtype=dtype)
+    shared = (
+        _matrix(batch, dtype=torch.int64),
+        _matrix(batch, length, dtype=torch.bool),
+        None if kept is None else _matrix(batch, kept, dtype=torch.int64),
+        _matrix(17, size, size),
     )
-
-    cases = ({}, {"kept": 36}, {"channels": 1, "size": 32, "patch": 4}, {"size": 64})
-    for sizes in cases:
-        shared, latent, tokens = _filter_arguments(dtype, **sizes)
-        options = {"patch_size": sizes.get("patch", 1), "arch": arch}
-        filter_mask_patchify(latent, *shared, tokens, **options)
-        filter_mask_patchify_backward(tokens, *shared, latent, **options)
+    options = {"patch_size": patch, "arch": arch}
+    kernels.filter_mask_patchify(latent_BCHH, *shared, tokens_BKP, **options)
+    kernels.filter_mask_patchify_backward(tokens_BKP, *shared, latent_BCHH, **options)
 
 
-def _diffusion_rows(arch: int, dtype: torch.dtype) -> None:
-    """Noise, loss and its gradient: batch multiplier 4, 8 images; head output in `dtype`."""
-    from fastfar.kernels.gpu.add_noise import add_noise
-    from fastfar.kernels.gpu.hybrid_loss import hybrid_loss, hybrid_loss_backward
+def filter_mask_patchify(arch: int, dtype: torch.dtype) -> None:
+    """All tokens, those that are kept, and the demo model's patches of 4 x 4 numbers."""
+    _filter(arch, dtype, channels=16, size=16, patch=1, kept=None)
+    _filter(arch, dtype, channels=16, size=16, patch=1, kept=36)
+    _filter(arch, dtype, channels=1, size=32, patch=4, kept=None)
 
-    tokens, rows, numbers = 8 * 256, 4 * 8 * 256, 16
-    target = torch.empty(tokens, numbers, dtype=dtype, device="cuda")
-    noise, noised = torch.empty(2, rows, numbers, dtype=dtype, device="cuda")
-    output = torch.empty(rows, 2 * numbers, dtype=dtype, device="cuda")
-    timestep = torch.empty(rows, dtype=torch.int64, device="cuda")
-    loss = torch.empty(rows, device="cuda")
-    table = torch.empty(6, 1000, device="cuda")
-    add_noise(target, noise, timestep, torch.empty(2, 1000, device="cuda"), noised, arch=arch)
-    for weight in (None, torch.empty(rows, device="cuda")):
-        inputs = (output, target, noise, noised, timestep, weight, table)
-        hybrid_loss(*inputs, loss, arch=arch)
-        hybrid_loss_backward(loss, *inputs, output, arch=arch)
+
+def add_noise(arch: int, dtype: torch.dtype) -> None:
+    """8 images, batch multiplier 4."""
+    from fastfar.kernels.gpu import add_noise as kernels
+
+    x0_RP = _matrix(8 * 256, 16, dtype=dtype)
+    noise_NP, out_NP = (_matrix(4 * 8 * 256, 16, dtype=dtype) for _ in range(2))
+    timestep_N, table_2T = _matrix(4 * 8 * 256, dtype=torch.int64), _matrix(2, 1000)
+    kernels.add_noise(x0_RP, noise_NP, timestep_N, table_2T, out_NP, arch=arch)
+
+
+def hybrid_loss(arch: int, dtype: torch.dtype) -> None:
+    """8 images, batch multiplier 4; as under autocast, the head's output in `dtype`."""
+    from fastfar.kernels.gpu import hybrid_loss as kernels
+
+    rows = 4 * 8 * 256
+    output_N2P, doutput_N2P = (_matrix(rows, 32, dtype=dtype) for _ in range(2))
+    target_RP, noise_NP, noised_NP = _matrix(8 * 256, 16), _matrix(rows, 16), _matrix(rows, 16)
+    timestep_N, weight_N, loss_N = _matrix(rows, dtype=torch.int64), _matrix(rows), _matrix(rows)
+    inputs = (output_N2P, target_RP, noise_NP, noised_NP, timestep_N, weight_N, _matrix(6, 1000))
+    kernels.hybrid_loss(*inputs, loss_N, arch=arch)
+    kernels.hybrid_loss_backward(loss_N, *inputs, doutput_N2P, arch=arch)
 
 
 LAUNCHES |= {
-    "filter_mask_patchify": _filter_mask_patchify,
-    "add_noise and hybrid_loss": _diffusion_rows,
+    "filter_mask_patchify": filter_mask_patchify,
+    "add_noise": add_noise,
+    "hybrid_loss": hybrid_loss,
 }
 
 

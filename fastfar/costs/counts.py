@@ -14,8 +14,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastfar import KLVAE, FARConfig, SamplingPlan
+from fastfar.config import FARConfig
 from fastfar.head import TIME_FEATURES
+from fastfar.kl_vae import KLVAE
+from fastfar.plan import SamplingPlan
 
 
 @dataclass(frozen=True)

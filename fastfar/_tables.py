@@ -1,0 +1,41 @@
+"""Constant tables: made once per device and dtype, so that no run copies them there again.
+
+A CUDA graph cannot hold a copy from the host, and torch.compile cannot trace a cache. So a table
+lies on its device before a capture starts (the warm-up puts it there), and a compiler sees a
+look-up as one op that it does not look into.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec
+
+import torch
+from torch import Tensor
+
+Params = ParamSpec("Params")
+
+
+def lookup(
+    name: str, shape: Callable[Params, Tensor]
+) -> Callable[[Callable[Params, Tensor]], Callable[Params, Tensor]]:
+    """Decorator: a function that reads a cached table; for torch.compile it is `fastfar::<name>`.
+
+    shape: the shape function, an empty tensor like the result. The result must be a fresh tensor:
+    compiled code may write over it. Arguments need annotations that torch.library understands.
+    """
+
+    def decorate(function: Callable[Params, Tensor]) -> Callable[Params, Tensor]:
+        op = torch.library.custom_op(f"fastfar::{name}", function, mutates_args=())
+        op.register_fake(shape)
+
+        @functools.wraps(function)
+        def call(*args: Params.args, **kwargs: Params.kwargs) -> Tensor:
+            run = op if torch.compiler.is_compiling() else function
+            result: Tensor = run(*args, **kwargs)
+            return result
+
+        return call
+
+    return decorate

@@ -1,0 +1,125 @@
+"""Times of the head's kernels alone, beside what the cost model expects of them. CUDA only."""
+
+from __future__ import annotations
+
+import importlib
+import statistics
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastfar.costs import gpus, kernels
+from fastfar.costs.variants import Subject
+from fastfar.ops import denoise_loop
+from fastfar.ops._folded_head import fold_head
+
+STEPS = 8  # diffusion steps whose launches are recorded
+FLUSH_BYTES = 256 << 20  # more than any L2 cache
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """A kernel of the head beside the model: seconds from its start to the next one's.
+
+    Attributes:
+        name: see `kernels.launch_name`.
+        programs: of a launch.
+        count: launches in `STEPS` diffusion steps.
+        seconds: measured, one launch.
+        expected: by the model, None for a GPU without figures.
+        flops: of a launch, executed.
+    """
+
+    name: str
+    programs: int
+    count: int
+    seconds: float
+    expected: float | None
+    flops: float
+
+
+def head_kernels(
+    subject: Subject, batch: int, dtype: torch.dtype, cold: bool = False, repeats: int = 50
+) -> list[KernelTime]:
+    """Time each kernel of a guided chunk of diffusion steps alone. CUDA only.
+
+    The launches are recorded on real tensors, then each is captured `repeats` times in a graph:
+    so the host is not in the way, and the gap between two kernels is part of the figure.
+    cold: instead, each is launched behind a kernel that displaces L2, between two events.
+    """
+    with torch.cuda.device(subject.device):
+        return _head_kernels(subject, batch, dtype, cold, repeats)
+
+
+def _head_kernels(
+    subject: Subject, batch: int, dtype: torch.dtype, cold: bool, repeats: int
+) -> list[KernelTime]:
+    config, device = subject.model.config, subject.device
+    head = fold_head(subject.model.head_weights, dtype)
+    tokens = batch * config.num_tokens
+    condition = torch.randn(2 * tokens, config.width, device=device, dtype=dtype)
+    initial = torch.randn(tokens, config.token_dim, device=device)
+    noise = torch.randn(STEPS, tokens, config.token_dim, device=device)
+    run = denoise_loop.implementations["triton"]
+    options: dict[str, Any] = {"guidance_scale": 3.0, "temperature": 1.0, "x0_range": (-3.0, 3.0)}
+    with torch.inference_mode():
+        run(head, condition, 1.0, initial, noise, **options)  # compiles
+        with importlib.import_module("fastfar.kernels.gpu._launch").recording() as launches:
+            run(head, condition, 1.0, initial, noise, **options)
+    gpu = gpus.of_device(torch.cuda.get_device_name(device))
+    measured = _time_cold if cold else _time_warm
+    counted = Counter((kernels.launch_name(launch), launch.grid) for launch in launches)
+    found = []
+    for (name, grid), count in counted.items():
+        launch = next(x for x in launches if (kernels.launch_name(x), x.grid) == (name, grid))
+        work = kernels.launched(launch, lambda _: True)
+        expected = None if gpu is None else kernels.price(work, gpu).seconds
+        seconds = measured(launch, device, repeats)
+        found.append(KernelTime(name, work.programs, count, seconds, expected, work.flops))
+    return found
+
+
+def _start(launch: Any) -> None:
+    launch.kernel[launch.grid](*launch.args, **launch.options)
+
+
+def _time_warm(launch: Any, device: torch.device, repeats: int) -> float:
+    """Seconds of one of `repeats` launches in a CUDA graph; L2 holds what fits."""
+    cuda: Any = torch.cuda
+    side = cuda.Stream(device)
+    side.wait_stream(cuda.current_stream(device))
+    with cuda.stream(side):
+        _start(launch)
+    cuda.current_stream(device).wait_stream(side)
+    graph = cuda.CUDAGraph()
+    with cuda.graph(graph):
+        for _ in range(repeats):
+            _start(launch)
+    graph.replay()
+    first, last = (cuda.Event(enable_timing=True) for _ in range(2))
+    samples = []
+    for _ in range(5):
+        first.record()
+        graph.replay()
+        last.record()
+        last.synchronize()
+        samples.append(float(first.elapsed_time(last)) * 1e-3 / repeats)
+    return statistics.median(samples)
+
+
+def _time_cold(launch: Any, device: torch.device, repeats: int) -> float:
+    """Median seconds of a launch right after L2 was filled with something else."""
+    cuda: Any = torch.cuda
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+    pairs = []
+    for _ in range(repeats):
+        flush.zero_()  # long enough for the host to be ahead when the kernel starts
+        first, last = (cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        _start(launch)
+        last.record()
+        pairs.append((first, last))
+    cuda.synchronize(device)
+    return statistics.median(float(a.elapsed_time(b)) for a, b in pairs) * 1e-3

@@ -1,0 +1,374 @@
+"""Expected time of one kernel, and what bounds it.
+
+A kernel is so many programs (thread blocks), each of which multiplies tiles and moves bytes. With
+R = ceil(programs / SMs) programs on the busiest SM, the kernel takes the longest of
+
+    tensor   R * FLOPs of a program / (share * peak / SMs)      tile padding and partly filled
+                                                                last waves count
+    SM       R * bytes of a program / rate of one SM            64 bytes a clock, or what is under
+                                                                way / latency (Little) if less
+    L2       bytes of all programs / bandwidth of L2
+    memory   bytes that miss L2 / bandwidth of memory           see `Cache`
+
+plus two latencies (the first load; the last store) and the gap to the next kernel. Where those two
+are longer than the rest the bound is "launch".
+
+Left out: instructions other than products (exponentials, address arithmetic), bank conflicts,
+register pressure, uneven clocks, the two halves of an L2, and that a kernel's bounds overlap
+imperfectly. So a prediction is a lower bound of sorts; `share` of the peak is the only slack.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastfar.costs.gpus import GPU
+
+BOUNDS = ("tensor", "SM", "L2", "memory", "launch")
+
+# Tiles among which cuBLAS and cuDNN are assumed to take the fastest for a shape.
+LIBRARY_TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64))
+ATTENTION_TILE = 128  # queries of a program of flash attention [assumed]
+STREAM_NUMBERS = 2048  # numbers of the result per program of an elementwise kernel [assumed]
+
+
+@dataclass(frozen=True)
+class Touch:
+    """A tensor that a kernel reads or writes: which storage, its size, the bytes, the direction."""
+
+    storage: int
+    storage_bytes: int
+    nbytes: int
+    writes: bool = False
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one kernel does.
+
+    Attributes:
+        name: of the kernel or library call.
+        programs: thread blocks.
+        flops: of products, all programs together, padding included.
+        moved: bytes that all programs load and store.
+        touches: distinct tensors behind them.
+        dtype: of the operands.
+        kind: "triton", "library" or "attention": which share of the peak its products reach.
+        in_flight: bytes of loads that a program keeps under way; 0: as many as it takes.
+        weights: bytes of those loads that do not depend on the kernel before it.
+    """
+
+    name: str
+    programs: int
+    flops: float = 0.0
+    moved: float = 0.0
+    touches: tuple[Touch, ...] = ()
+    dtype: torch.dtype = torch.bfloat16
+    kind: str = "library"
+    in_flight: float = 0.0
+    weights: float = 0.0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Time of one kernel.
+
+    Attributes:
+        work: the kernel.
+        parts: seconds by each bound but "launch".
+        memory_bytes: that missed L2.
+        fixed: seconds of latency and launch gap.
+        sm_seconds: sum over the SMs of the time that each is busy, over their number: what the
+            kernel takes of the GPU if others fill the SMs that it leaves idle.
+    """
+
+    work: Work
+    parts: dict[str, float] = field(repr=False)
+    memory_bytes: float
+    fixed: float
+    sm_seconds: float
+
+    @property
+    def busy(self) -> float:
+        """Seconds without latency and gap."""
+        return max(self.parts.values())
+
+    @property
+    def seconds(self) -> float:
+        """From the start of this kernel to that of the next one."""
+        return self.busy + self.fixed
+
+    @property
+    def bound(self) -> str:
+        """The longest part."""
+        name = max(self.parts, key=lambda part: self.parts[part])
+        return "launch" if self.fixed > self.parts[name] else name
+
+
+def share(kind: str, gpu: GPU) -> float:
+    """Of the peak that products of this kind reach where nothing else bounds them."""
+    shares = {
+        "triton": gpu.triton_share,
+        "library": gpu.library_share,
+        "attention": gpu.attention_share,
+    }
+    return shares[kind]
+
+
+def price(work: Work, gpu: GPU, memory_bytes: float = 0.0) -> Cost:
+    """The model of this module.
+
+    memory_bytes: of its traffic that does not hit L2.
+    """
+    programs = max(work.programs, 1)
+    rounds = math.ceil(programs / gpu.sms)
+    sm_flops = gpu.peak(work.dtype) * share(work.kind, gpu) / gpu.sms
+    sm_rate = gpu.sm_bytes * gpu.clock
+    if work.in_flight:
+        sm_rate = min(sm_rate, work.in_flight / gpu.latency)
+    multiplies = work.flops / programs / sm_flops  # of one program
+    loads = work.moved / programs / sm_rate
+    parts = {
+        "tensor": rounds * multiplies,
+        "SM": rounds * loads,
+        "L2": work.moved / gpu.l2,
+        "memory": memory_bytes / gpu.memory,
+    }
+    fixed = 2 * gpu.latency + gpu.launch_gap
+    sm_seconds = programs * max(multiplies, loads) / gpu.sms
+    return Cost(work, parts, memory_bytes, fixed, sm_seconds)
+
+
+class Cache:
+    """An L2 cache as a list of storages, the one that was used least recently at its end.
+
+    It holds whole storages: one that is larger than the cache is never found in it. A read that is
+    not found comes from memory; what was written goes there when it is displaced.
+    """
+
+    def __init__(self, size: float) -> None:
+        self.size = size
+        self._held: OrderedDict[int, tuple[int, int]] = OrderedDict()  # storage -> bytes, dirty
+
+    def touch(self, touches: Iterable[Touch]) -> float:
+        """Bytes that a kernel with these touches moves between cache and memory."""
+        moved = 0.0
+        for each in touches:
+            found = self._held.pop(each.storage, None)
+            dirty = 0 if found is None else found[1]
+            if found is None and not each.writes:
+                moved += each.nbytes
+            if each.writes:
+                dirty = min(dirty + each.nbytes, each.storage_bytes)
+            self._held[each.storage] = (each.storage_bytes, dirty)
+        while self._held and sum(size for size, _ in self._held.values()) > self.size:
+            _, (_, dirty) = self._held.popitem(last=False)
+            moved += dirty
+        return moved
+
+
+def price_all(works: Sequence[Work], gpu: GPU, warm: bool = False) -> list[Cost]:
+    """Costs of kernels that run one after the other, from a cold L2 or from their own second run.
+
+    warm: they run again and again, and the L2 holds what a run leaves in it.
+    """
+    cache = Cache(gpu.l2_size)
+    if warm:
+        for work in works:
+            cache.touch(work.touches)
+    return [price(work, gpu, cache.touch(work.touches)) for work in works]
+
+
+# --- what a kernel does, from its shape ------------------------------------------------------
+
+
+def touch(x: Tensor, writes: bool = False) -> Touch:
+    """Of a tensor, fake ones included."""
+    storage = x.untyped_storage()
+    nbytes = min(x.numel() * x.element_size(), storage.nbytes())
+    return Touch(storage._cdata, storage.nbytes(), nbytes, writes)
+
+
+def product(
+    name: str,
+    m: int,
+    n: int,
+    k: int,
+    *,
+    tile: tuple[int, int],
+    k_tile: int = 1,
+    batch: int = 1,
+    operand_bytes: tuple[int, int] = (2, 2),
+    extra_k_bytes: int = 0,
+    tile_bytes: int = 0,
+    kind: str = "library",
+    dtype: torch.dtype = torch.bfloat16,
+    touches: tuple[Touch, ...] = (),
+    stages: int = 0,
+) -> Work:
+    """(m, k) times (k, n) in tiles: each program loads its panels of A and W over all of k.
+
+    Args:
+        tile: rows and columns of a program's result.
+        k_tile: k is padded to a multiple of it.
+        operand_bytes: of one number of A and of W.
+        extra_k_bytes: per row and k that a prologue loads beside A.
+        tile_bytes: per number of the result that the epilogue loads and stores.
+        stages: of the software pipeline; all but one are under way. 0: as many as it takes.
+    """
+    rows, columns = tile
+    depth = -(-k // k_tile) * k_tile
+    programs = batch * -(-m // rows) * -(-n // columns)
+    a_bytes = rows * (operand_bytes[0] + extra_k_bytes)
+    w_bytes = columns * operand_bytes[1]
+    return Work(
+        name,
+        programs,
+        flops=2.0 * programs * rows * columns * depth,
+        moved=float(programs * ((a_bytes + w_bytes) * depth + rows * columns * tile_bytes)),
+        touches=touches,
+        dtype=dtype,
+        kind=kind,
+        in_flight=float(max(stages - 1, 1) * k_tile * (a_bytes + w_bytes)) if stages else 0.0,
+        weights=float(programs * w_bytes * depth),
+    )
+
+
+def library_product(
+    gpu: GPU, name: str, m: int, n: int, k: int, size: int, **options: Any
+) -> Work:
+    """A product by cuBLAS or cuDNN: with the fastest of `LIBRARY_TILES`."""
+    candidates = [
+        product(name, m, n, k, tile=tile, k_tile=32, operand_bytes=(size, size),
+                tile_bytes=size, **options)
+        for tile in LIBRARY_TILES
+    ]  # fmt: skip
+    return min(candidates, key=lambda work: price(work, gpu).seconds)
+
+
+def attention(
+    name: str, batch_heads: int, queries: int, keys: int, width: int, size: int, **options: Any
+) -> Work:
+    """Flash attention: a program holds a tile of queries and streams all keys and values."""
+    tiles = -(-queries // ATTENTION_TILE)
+    programs = batch_heads * tiles
+    padded = tiles * ATTENTION_TILE
+    return Work(
+        name,
+        programs,
+        flops=4.0 * batch_heads * padded * keys * width,
+        moved=float(programs * size * width * 2 * (keys + ATTENTION_TILE)),
+        kind="attention",
+        **options,
+    )
+
+
+def stream(name: str, numbers: int, touches: tuple[Touch, ...], **options: Any) -> Work:
+    """A kernel that reads and writes its tensors once."""
+    moved = float(sum(each.nbytes for each in touches))
+    programs = max(1, -(-numbers // STREAM_NUMBERS))
+    return Work(name, programs, moved=moved, touches=touches, **options)
+
+
+# --- recorded launches of Triton kernels -----------------------------------------------------
+
+
+def _gemm(launch: Any, touches: tuple[Touch, ...]) -> Work:
+    """kernels/gpu/_gemm.py."""
+    a, w, out = (launch.argument(f"{name}_ptr") for name in ("a", "w", "out"))
+    m, n, k = (int(launch.argument(name)) for name in "MNK")
+    given = {
+        name: x
+        for name in ("addend", "gate", "residual", "copy", "scale")
+        if (x := launch.argument(f"{name}_ptr")) is not None
+    }
+    scale = given.pop("scale", None)
+    options = launch.options
+    return product(
+        launch_name(launch),
+        m,
+        n,
+        k,
+        tile=(options["BM"], options["BN"]),
+        k_tile=options["BK"],
+        operand_bytes=(a.element_size(), w.element_size()),
+        extra_k_bytes=0 if scale is None else scale.element_size(),
+        tile_bytes=out.element_size() + sum(x.element_size() for x in given.values()),
+        kind="triton",
+        dtype=w.dtype,
+        touches=touches,
+        stages=options.get("num_stages", 0),
+    )
+
+
+def _rows(launch: Any, touches: tuple[Touch, ...]) -> Work:
+    """A kernel without products: its grid, and every tensor once."""
+    work = stream(launch_name(launch), 1, touches, kind="triton")
+    return Work(**{**vars(work), "programs": math.prod(launch.grid)})
+
+
+def _step(launch: Any, touches: tuple[Touch, ...]) -> Work:
+    """step_kernel of kernels/gpu/denoise_loop.py: per program BM tokens, all of the width.
+
+    Each half reads its rows of the stream, their scales and the panel of the final layer (twice
+    for the conditional one: eps and variance); then the next input projection writes its rows.
+    """
+    given, options = launch.argument, launch.options
+    width, tile, channels = int(given("width")), options["BM"], options["CHANNELS"]
+    halves, programs = options["HALVES"], math.prod(launch.grid)
+    operand = given("final_ptr").element_size()
+    depth = -(-width // options["BK"]) * options["BK"]
+    number = given("h_ptr").element_size() + given("scale_ptr").element_size()
+    loads = depth * (halves * tile * number + (halves + 1) * channels * operand)
+    flops = 2 * tile * channels * depth * (halves + 1)
+    if (out := given("out_ptr")) is not None:
+        copy = given("copy_ptr")
+        stored = out.element_size() + (0 if copy is None else copy.element_size())
+        loads += width * (tile * stored + channels * operand)
+        flops += 2 * tile * channels * width
+    per_turn = options["BK"] * (tile * number + 2 * channels * operand)
+    return Work(
+        "step",
+        programs,
+        flops=float(programs * flops),
+        moved=float(programs * loads),
+        touches=touches,
+        dtype=given("final_ptr").dtype,
+        kind="triton",
+        in_flight=float(max(options.get("num_stages", 1) - 1, 1) * per_turn),
+        weights=float(programs * depth * (halves + 1) * channels * operand),
+    )
+
+
+KERNELS: dict[str, Callable[[Any, tuple[Touch, ...]], Work]] = {
+    "gemm_kernel": _gemm,
+    "step_kernel": _step,
+}
+
+
+def launch_name(launch: Any) -> str:
+    """Name of the kernel, and what sets products apart: normalised, gated or plain."""
+    name = str(launch.name).removesuffix("_kernel")
+    if name != "gemm":
+        return name
+    if launch.argument("gate_ptr") is not None:
+        return "gemm gated"
+    return "gemm plain" if launch.argument("statistics_ptr") is None else "gemm normalised"
+
+
+def launched(launch: Any, known: Callable[[Tensor], bool]) -> Work:
+    """What a recorded launch does.
+
+    known: whether a tensor was there before, and so is read; else it is a result. Kernels without
+        an entry in `KERNELS` are taken to read or write each tensor once.
+    """
+    tensors = [x for x in launch.args if isinstance(x, Tensor)]
+    touches = tuple(touch(x, writes=not known(x)) for x in tensors)
+    return KERNELS.get(str(launch.name), _rows)(launch, touches)

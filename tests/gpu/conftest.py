@@ -1,0 +1,45 @@
+"""Where the tests of this folder run: on the GPU (`make test-gpu`), and small in the interpreter.
+
+The same test bodies run in both places, so that what waits for a GPU has been run before.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from places import CONFIGS, DTYPES, Place
+
+from fastfar import FARConfig, backend
+
+GPU = pytest.mark.gpu
+
+
+def _device(name: str) -> torch.device:
+    pytest.importorskip("triton", minversion="3.2")  # a folder of that name has no version
+    if name == "cpu" and not backend.interpreting():
+        pytest.skip("there is a GPU: Triton's interpreter is off")
+    return torch.device(name)
+
+
+@pytest.fixture(params=[pytest.param("cuda", marks=GPU), "cpu"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The GPU, and the CPU under Triton's interpreter."""
+    return _device(request.param)
+
+
+@pytest.fixture(
+    params=[
+        *(pytest.param(("cuda", name), id=f"cuda-{name}", marks=GPU) for name in DTYPES),
+        *(pytest.param(("cpu", name), id=f"cpu-{name}") for name in ("fp32", "fp16")),
+    ]
+)
+def place(request: pytest.FixtureRequest) -> Place:
+    """The GPU in three dtypes, the interpreter in two."""
+    name, dtype = request.param
+    return Place(_device(name), DTYPES[dtype])
+
+
+@pytest.fixture(params=["odd", pytest.param("far_base", marks=GPU)])
+def config(request: pytest.FixtureRequest) -> FARConfig:
+    """A model of odd sizes; on a GPU FAR-B, too."""
+    return CONFIGS[request.param]

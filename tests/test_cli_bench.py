@@ -1,0 +1,134 @@
+"""`fastfar bench`: predictions, measurements at tiny sizes, errors that say what is allowed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command import Captured, fails
+from tolerances import relative
+
+from fastfar import cli, config
+from fastfar.config import FARConfig
+from fastfar.costs import measure, rows, variants
+from fastfar.sampling import sample_latents
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def tiny_preset(tiny_config: FARConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The preset "demo" becomes very small."""
+    monkeypatch.setitem(config.PRESETS, "demo", tiny_config)
+
+
+def bench(capsys: Captured, *arguments: str) -> str:
+    assert cli.main(["bench", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_prediction(capsys: Captured) -> None:
+    out = bench(
+        capsys, "--predict", "a100", "--preset", "far_base", "--diffusion-steps", "6",
+        "--head-depth", "3",
+    )  # fmt: skip
+    assert out.startswith("expected, not measured: far_base with head depth 3, nomask")
+    for text in ("on A100 80 GB SXM", "encoder", "head chain", "decode", "bound", "two branches",
+                 "published", "kernels of a diffusion step", "roofline"):  # fmt: skip
+        assert text in out, text
+
+
+def test_prediction_as_data(capsys: Captured) -> None:
+    arguments = ["--predict", "h100", "--preset", "far_base", "--head-depth", "3", "--json"]
+    found = json.loads(bench(capsys, *arguments, "--diffusion-steps", "40"))
+    assert found["expected"] is True and found["gpu"]["name"] == "h100"
+    (bar,) = [bar for bar in found["bars"] if bar["name"] == "image"]
+    assert bar["target"] == "<= 20 ms" and bar["reached"] == (found["seconds"] <= 0.020)
+    assert found["launches_per_step"] <= 8
+    assert found["published"]["launches_per_step"] > 10 * found["launches_per_step"]
+    assert found["reference_flops"] == pytest.approx(9.9e12, rel=0.01)
+    # Padding and folding: what is executed is near what is published.
+    assert 0.85 < found["executed_flops"] / found["reference_flops"] < 1.1
+
+
+def test_measurement(capsys: Captured, tmp_path: Path, tiny_preset: None) -> None:
+    path, trace = tmp_path / "rows" / "x.jsonl", tmp_path / "trace.json"
+    arguments = ["--preset", "demo", "--diffusion-steps", "2", "--repeats", "1", "--batch", "1",
+                 "2", "--backends", "reference", "torch", "--dtype", "float32"]  # fmt: skip
+    out = bench(capsys, *arguments, "--save", str(path), "--trace", str(trace))
+    assert "latency of one image" in out and "throughput, 2 images" in out
+    assert out.count(" x\n") == 4 and "red" not in out
+    assert "encoder" in out and "TFLOP/s" in out and "4 rows added" in out
+    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [(row["backend"], row["batch"]) for row in found] == [
+        ("reference", 1), ("torch", 1), ("reference", 2), ("torch", 2)
+    ]  # fmt: skip
+    for row in found:
+        assert row["mode"] == "parity" and row["gate"] == "green"
+        assert row["plan_mode"] == "changed: diffusion_steps, x0_range"
+        assert row["median_s"] > 0 and row["p5_s"] <= row["p95_s"] and row["cold_start_s"] > 0
+        assert row["stages_s"]["head"] > 0 and row["peak_flops_per_s"] > 0
+        assert row["torch"] == torch.__version__ and row["commit"] and "bench" in row["command"]
+    assert json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    again = json.loads(bench(capsys, *arguments[:6], "--backends", "torch", "--json"))
+    assert again[0]["backend"] == "torch" and len(again) == 1
+
+
+def test_a_wrong_result_gets_no_ratio(
+    capsys: Captured, tiny_preset: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*args: Any, **kwargs: Any) -> torch.Tensor:
+        shift = 0.0 if kwargs["backend"] == "reference" else 1.0
+        return sample_latents(*args, **kwargs) + shift
+
+    monkeypatch.setattr(variants, "sample_latents", wrong)
+    arguments = ["bench", "--preset", "demo", "--diffusion-steps", "1", "--repeats", "1",
+                 "--backends", "reference", "torch"]  # fmt: skip
+    assert cli.main(arguments) == 1
+    out = capsys.readouterr().out
+    assert "gate is red: wrong result" in out and out.count(" x\n") == 1
+
+
+def test_paths_that_cannot_run_say_why(capsys: Captured, tiny_preset: None) -> None:
+    arguments = ["--preset", "demo", "--diffusion-steps", "1", "--repeats", "1"]
+    out = bench(capsys, *arguments, "--backends", "reference", "triton")
+    assert "not available: " in out and "GPU" in out.split("not available: ")[1]
+
+
+def test_compiled_path(tiny_config: FARConfig, tiny_preset: None) -> None:
+    """Its loop is the published one, whatever the compiler."""
+    subject = variants.subject("demo", None, CPU, diffusion_steps=3)
+    labels_B, noise = torch.tensor([1, 4]), measure.drawn(subject, 2)
+    compiled = variants.Compiled(subject, torch.float32, compiler="eager")
+    truth = sample_latents(subject.model, labels_B, subject.plan, noise, backend="reference")
+    assert relative(compiled(labels_B, noise), truth) < 1e-4
+
+
+def test_errors(capsys: Captured) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--predict", "v100"])
+    message = capsys.readouterr().err
+    assert "h100" in message and "rtx4090" in message
+    assert "--batch must be at least 1, got 0" in fails(capsys, "bench", "--batch", "0")
+    assert "--repeats must be" in fails(capsys, "bench", "--repeats", "0")
+    message = fails(capsys, "bench", "--predict", "h100", "--checkpoint", "demo")
+    assert "give --preset instead" in message
+    assert "one --batch" in fails(capsys, "bench", "--predict", "h100", "--batch", "1", "2")
+    if not torch.cuda.is_available():
+        assert "cannot be used" in fails(capsys, "bench", "--device", "cuda")
+    with pytest.raises(ValueError, match="allowed: reference, autocast, torch"):
+        variants.chosen(["magic"], CPU, None)
+
+
+def test_rows_are_appended_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "x.jsonl"
+    for _ in range(2):
+        rows.append(path, [{"a": 1}, {"b": 2}])
+    assert path.read_text(encoding="utf-8") == '{"a": 1}\n{"b": 2}\n' * 2
+    assert rows.quantiles([4.0])["p95_s"] == 4.0
+    figures = rows.quantiles([float(i) for i in range(21)])
+    assert (figures["p5_s"], figures["median_s"], figures["p95_s"]) == (1.0, 10.0, 19.0)
+    assert rows.environment()["gpu"] is None

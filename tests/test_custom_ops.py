@@ -1,0 +1,69 @@
+"""torch.library.opcheck of every custom op of fastfar, with the arguments of a real call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from nn_cases import CASES, CONDITION, TOKEN, build, leaves
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from fastfar._native import NativeLibrary
+from fastfar.nn import DiffLoss
+
+# What only compiled code calls as ops.
+SAMPLES: dict[str, tuple[Any, Any]] = {
+    "filter_of_level": ((torch.tensor([2, -1]), 4, 6, "area_bicubic", torch.float32), {}),
+    "timestep_coefficients": ((torch.tensor([3, 999]), "signal sigma", 1000, torch.float32), {}),
+}
+CHECKS = ("test_schema", "test_faketensor")  # the rest: test_nn differentiates and compiles
+
+
+def registered() -> set[str]:
+    names = torch._C._dispatch_get_all_op_names()
+    return {name.removeprefix("fastfar::") for name in names if name.startswith("fastfar::")}
+
+
+class Recorder(TorchDispatchMode):
+    """Copies of the arguments of the first call of each custom op."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, tuple[Any, Any]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name
+        if name.startswith("fastfar::"):
+            copies = tree_map(
+                lambda x: x.detach().clone() if isinstance(x, Tensor) else x, (args, kwargs)
+            )
+            self.calls.setdefault(name.removeprefix("fastfar::"), copies)
+        return func(*args, **kwargs)
+
+
+def test_opcheck(library: NativeLibrary) -> None:
+    """Modules on every back end call every op, forward and backward."""
+    pytest.importorskip("triton")
+    recorder = Recorder()
+    for backend in ("torch", "native", "triton"):
+        for name in CASES:
+            module, inputs = build(name, torch.float32, backend=backend)
+            with recorder:
+                out = module(**inputs)
+                torch.autograd.grad(out.sum(), leaves(module, inputs))
+                with torch.no_grad():
+                    module(**inputs)
+        sampler = DiffLoss(TOKEN, CONDITION, 1, 16, 2, backend=backend)
+        with recorder:
+            sampler.sample(torch.randn(4, CONDITION), cfg=2.0, index=1)
+    calls = recorder.calls | SAMPLES
+    assert not (missing := registered() - calls.keys()), f"nothing here calls {sorted(missing)}"
+    for name, (args, kwargs) in calls.items():
+        operation = getattr(torch.ops.fastfar, name).default
+        torch.library.opcheck(operation, args, kwargs, test_utils=CHECKS)
