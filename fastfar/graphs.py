@@ -304,7 +304,7 @@ def sample(
     labels_B: Tensor,
     noise: NoiseSource,
     on_level: OnLevel | None,
-    cache: GraphCache = _cache,
+    cache: GraphCache | None = None,
 ) -> Tensor:
     """`sample_latents` through a graph, captured at the first call for this plan and batch size.
 
@@ -312,4 +312,5 @@ def sample(
         ValueError: outside CUDA, or where the steps cannot be captured.
     """
     whole = on_level is None and fits_whole(step, len(labels_B))
-    return cache.get(step, len(labels_B), whole).run(labels_B, noise, on_level)
+    graph = (_cache if cache is None else cache).get(step, len(labels_B), whole)
+    return graph.run(labels_B, noise, on_level)

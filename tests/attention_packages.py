@@ -21,6 +21,13 @@ from torch import Tensor
 
 from fastfar import _packages
 from fastfar.ops import _attention
+from fastfar.ops._attention_backends import AttentionRequest
+
+# FAR-H, one image with guidance, on an H100
+BASE = AttentionRequest(
+    batch=2, queries=320, keys=320, heads=16, head_dim=80, dtype=torch.bfloat16, device="cuda",
+    architecture=90, dropout=0.0, deterministic=False, key_padding=False, needs_gradient=False,
+)  # fmt: skip
 
 
 @dataclass

@@ -28,7 +28,9 @@ def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native, "reason", lambda: _native.NOT_BUILT)
 
 
-def test_backends_give_a_reason_or_none() -> None:
+def test_backends_give_a_reason_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "interpreting", lambda: False)
+    monkeypatch.setattr(backend, "_cuda_reason", lambda: "no CUDA device")
     state = backend.backends()
     assert tuple(state) == backend.BACKENDS == ("reference", "torch", "native", "triton")
     assert state["reference"] is None and state["torch"] is None
@@ -169,6 +171,7 @@ def test_threads_and_log_are_applied() -> None:
 
 def test_a_cuda_device_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(backend, "interpreting", lambda: False)
     with pytest.raises(ValueError, match="device 'cuda' cannot be used: no CUDA device"):
         backend.resolve("torch", "cuda")
     assert "no CUDA device" in str(backend.backends()["triton"])

@@ -50,7 +50,7 @@ class Total:
     Attributes:
         launches: kernels.
         flops: executed by products, padding included.
-        moved: bytes between L2 and the SMs.
+        moved: bytes that L2 sends and receives.
         memory: bytes between memory and L2.
         seconds: one kernel after the other.
         sm_seconds: see `kernels.Cost`.
@@ -73,7 +73,7 @@ class Total:
             total += cls(
                 1.0,
                 cost.work.flops,
-                cost.work.moved,
+                cost.work.moved - cost.work.multicast,
                 cost.memory_bytes,
                 cost.seconds,
                 cost.sm_seconds,

@@ -7,7 +7,7 @@ R = ceil(programs / SMs) programs on the busiest SM, the kernel takes the longes
                                                                 last waves count
     SM       R * bytes of a program / rate of one SM            64 bytes a clock, or what is under
                                                                 way / latency (Little) if less
-    L2       bytes of all programs / bandwidth of L2
+    L2       bytes of all programs / bandwidth of L2      less what clusters of programs share
     memory   bytes that miss L2 / bandwidth of memory           see `Cache`
 
 plus two latencies (the first load; the last store) and the gap to the next kernel. Where those two
@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -63,6 +63,7 @@ class Work:
         kind: "triton", "library" or "attention": which share of the peak its products reach.
         in_flight: bytes of loads that a program keeps under way; 0: as many as it takes.
         weights: bytes of those loads that do not depend on the kernel before it.
+        multicast: bytes of those loads that come with those of another program in its cluster.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Work:
     kind: str = "library"
     in_flight: float = 0.0
     weights: float = 0.0
+    multicast: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def price(work: Work, gpu: GPU, memory_bytes: float = 0.0) -> Cost:
     parts = {
         "tensor": rounds * multiplies,
         "SM": rounds * loads,
-        "L2": work.moved / gpu.l2,
+        "L2": (work.moved - work.multicast) / gpu.l2,
         "memory": memory_bytes / gpu.memory,
     }
     fixed = 2 * gpu.latency + gpu.launch_gap
@@ -244,12 +246,18 @@ def product(
 def library_product(
     gpu: GPU, name: str, m: int, n: int, k: int, size: int, **options: Any
 ) -> Work:
-    """A product by cuBLAS or cuDNN: with the fastest of `LIBRARY_TILES`."""
-    candidates = [
-        product(name, m, n, k, tile=tile, k_tile=32, operand_bytes=(size, size),
-                tile_bytes=size, **options)
-        for tile in LIBRARY_TILES
-    ]  # fmt: skip
+    """A product by cuBLAS or cuDNN: with the fastest of `LIBRARY_TILES`.
+
+    From Hopper on two programs of a cluster share the larger of their panels (TMA multicast).
+    """
+    candidates = []
+    for tile in LIBRARY_TILES:
+        work = product(name, m, n, k, tile=tile, k_tile=32, operand_bytes=(size, size),
+                       tile_bytes=size, **options)  # fmt: skip
+        if 90 <= gpu.arch < 120:
+            panel = max(tile) * size * -(-k // 32) * 32
+            work = replace(work, multicast=work.programs * panel / 2)
+        candidates.append(work)
     return min(candidates, key=lambda work: price(work, gpu).seconds)
 
 
@@ -311,7 +319,7 @@ def _gemm(launch: Any, touches: tuple[Touch, ...]) -> Work:
 def _rows(launch: Any, touches: tuple[Touch, ...]) -> Work:
     """A kernel without products: its grid, and every tensor once."""
     work = stream(launch_name(launch), 1, touches, kind="triton")
-    return Work(**{**vars(work), "programs": math.prod(launch.grid)})
+    return replace(work, programs=math.prod(launch.grid))
 
 
 def _step(launch: Any, touches: tuple[Touch, ...]) -> Work:

@@ -13,6 +13,9 @@ from fastfar.ops.layernorm_attention_residual import layernorm_attention_residua
 from fastfar.ops.layernorm_mlp_residual import layernorm_mlp_residual
 from fastfar.ops.residual_layernorm import residual_layernorm_rows
 
+# Rows from which a product fills a GPU with large tiles, those of the modulations of the head.
+MANY_ROWS = 4096
+
 
 @op
 def transformer_block(
@@ -174,8 +177,11 @@ def _mlp_residual_fused(
     h_NF = h_ND.new_empty(h_ND.shape[0], fc1_bias.shape[0])
     out_ND = y_ND.new_empty(y_ND.shape)
     fc1_weight, fc2_weight = (w.to(dtype).contiguous() for w in (fc1_weight, fc2_weight))
-    gemm(h_ND, fc1_weight, h_NF, bias_N=fc1_bias.contiguous(), activation="gelu")
-    gemm(h_NF, fc2_weight, out_ND, bias_N=fc2_bias.contiguous(), residual_MN=_rows.rows(y_ND))
+    fc1_bias, fc2_bias = fc1_bias.contiguous(), fc2_bias.contiguous()
+    many = h_ND.shape[0] >= MANY_ROWS
+    wide, narrow = ("modulations", "modulations") if many else ("linear", "gated")
+    gemm(h_ND, fc1_weight, h_NF, wide, bias_N=fc1_bias, activation="gelu")
+    gemm(h_NF, fc2_weight, out_ND, narrow, bias_N=fc2_bias, residual_MN=_rows.rows(y_ND))
     return out_ND
 
 

@@ -136,7 +136,11 @@ def gemm_kernel(
 
 
 def gemm_config(kind: str, arch: int, element_size: int) -> Config:
-    """Tiles of a kind of product: "linear", "modulations", "modulated" or "gated"."""
+    """Tiles of a kind of product.
+
+    kind: "linear" for many columns, "gated" for few (with or without a gate), "modulated" for a
+        normalised operand, "modulations" for what runs beside those two.
+    """
     return config(f"gemm_{kind}", arch, element_size)
 
 
@@ -174,7 +178,7 @@ def gemm(
             same dtype unless it is normalised.
         out_MN: (M, N), any of these dtypes.
         arch: architecture, see `_configs.config`.
-        kind: which row of the table of configurations.
+        kind: which row of the table of configurations, see `gemm_config`.
         bias_N: (N,).
         statistics, statistics_tile: (R, ceil(K / tile), 2) float32 of the rows of a, and the tile;
             normalises a. None takes a as it is.

@@ -19,19 +19,14 @@ from typing import Any
 
 import pytest
 import torch
-from attention_packages import STAND_INS, forget_choices
+from attention_packages import BASE, STAND_INS, forget_choices
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastfar import _packages
 from fastfar.backend import ATTENTIONS, GPUFacts, described_gpu
 from fastfar.ops import attention
 from fastfar.ops._attention import REGISTRY
-from fastfar.ops._attention_backends import HALF, AttentionRequest, _bias
-
-BASE = AttentionRequest(
-    batch=2, queries=320, keys=320, heads=16, head_dim=80, dtype=torch.bfloat16, device="cuda",
-    architecture=90, dropout=0.0, deterministic=False, key_padding=False, needs_gradient=False,
-)  # fmt: skip
+from fastfar.ops._attention_backends import HALF, _bias
 
 
 @pytest.fixture(autouse=True)

@@ -69,6 +69,8 @@ def test_values_and_gradients(case: Case, config: FARConfig, place: Place) -> No
 def test_repeats_are_equal_bit_by_bit(case: Case, device: torch.device) -> None:
     """Values and gradients: no atomic additions anywhere."""
     on_gpu = device.type == "cuda"
+    if not on_gpu and case.name != "hybrid_loss":
+        pytest.skip("the interpreter runs programs one after the other")
     place = Place(device, torch.bfloat16 if on_gpu else torch.float32)
     args, kwargs = arguments(case, CONFIGS["far_base"] if on_gpu else ODD, place)
     args = tree_map(lambda x: x.to(place.dtype) if is_float(x) else x, args)

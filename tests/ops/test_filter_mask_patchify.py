@@ -111,9 +111,7 @@ def test_bad_arguments() -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "native", "triton"])
 @pytest.mark.parametrize("patch, count", [(1, 1), (2, 5), (3, 4)])
-def test_kept_tokens(
-    patch: int, count: int, backend: str, request: pytest.FixtureRequest
-) -> None:
+def test_kept_tokens(patch: int, count: int, backend: str, request: pytest.FixtureRequest) -> None:
     """Some tokens in any order, one of them twice, masked ones among them; values and gradients."""
     if backend == "native":
         request.getfixturevalue("library")

@@ -36,16 +36,18 @@ def residual_layernorm(arch: int, dtype: torch.dtype) -> None:
 
 
 def transformer_block(arch: int, dtype: torch.dtype) -> None:
-    """The products of its second half, which have epilogues; cuBLAS does the others."""
+    """The products of its second half, which have epilogues, at batch 1 and 32; cuBLAS does the
+    others."""
     from fastfar.kernels.gpu._gemm import gemm
 
-    rows, width = 640, 1280
-    x_ND, h_ND, out_ND = (_matrix(rows, width, dtype=dtype) for _ in range(3))
-    h_NF = _matrix(rows, 4 * width, dtype=dtype)
+    width = 1280
     fc1, fc2 = _matrix(4 * width, width, dtype=dtype), _matrix(width, 4 * width, dtype=dtype)
     bias_F, bias_D = _matrix(4 * width, dtype=dtype), _matrix(width, dtype=dtype)
-    gemm(h_ND, fc1, h_NF, arch=arch, bias_N=bias_F, activation="gelu")
-    gemm(h_NF, fc2, out_ND, arch=arch, bias_N=bias_D, residual_MN=x_ND)
+    for rows, wide, narrow in ((640, "linear", "gated"), (32 * 640, *2 * ("modulations",))):
+        x_ND, h_ND, out_ND = (_matrix(rows, width, dtype=dtype) for _ in range(3))
+        h_NF = _matrix(rows, 4 * width, dtype=dtype)
+        gemm(h_ND, fc1, h_NF, arch=arch, kind=wide, bias_N=bias_F, activation="gelu")
+        gemm(h_NF, fc2, out_ND, arch=arch, kind=narrow, bias_N=bias_D, residual_MN=x_ND)
 
 
 def adaln_mlp_block(arch: int, dtype: torch.dtype) -> None:

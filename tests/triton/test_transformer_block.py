@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections import Counter
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastfar import reference
-from fastfar.ops import transformer_block
+from fastfar.ops import _gemm, transformer_block
 
 pytest.importorskip("triton")
 HEADS = 3
@@ -138,3 +139,22 @@ def test_what_is_not_taken() -> None:
         run(args[0].double(), *args[1:], num_heads=HEADS)
     with pytest.raises(ValueError, match="attention='none'"):
         run(*args, num_heads=HEADS, attention="none")
+
+
+@pytest.mark.parametrize(("many", "kind"), [(8, "modulations"), (9, "linear")])
+def test_many_rows_take_large_tiles(
+    many: int, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("fastfar.ops.transformer_block")
+    kinds = []
+
+    def gemm(a: Tensor, w: Tensor, out: Tensor, kind: str, **rest: Any) -> None:
+        kinds.append(kind)
+        _gemm.gemm(a, w, out, kind, **rest)
+
+    monkeypatch.setattr(module, "gemm", gemm)
+    monkeypatch.setattr(module, "MANY_ROWS", many)
+    args = inputs(2, 4, 12, 20, torch.float32)
+    expected = reference.transformer_block(*args, num_heads=HEADS)
+    torch.testing.assert_close(run(*args, num_heads=HEADS), expected, rtol=1e-4, atol=1e-5)
+    assert kinds == [kind, kind]
