@@ -145,8 +145,8 @@ class DiffLoss(OpModule):
             index: the frequency level, one for all rows: a number, or a tensor, which is read
                 (on a GPU that waits for it); None tells the head none.
             generator: on the device of z; None is PyTorch's own.
-            initial, noise: (N, P) and (T, N, P) draws, N = M or M / 2; None draws them, in this
-                order.
+            initial, noise: (N, P) and (T, N, P) draws, N = M or M / 2, T the number of steps; None
+                draws them, in this order.
 
         Returns:
             (M, P) in float32 (float64 for float64 draws).

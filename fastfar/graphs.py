@@ -84,7 +84,7 @@ class CudaCapturer:
     """CUDA graphs on one device, sharing one memory pool.
 
     Raises:
-        ValueError: no graph can be captured on that device, or just now.
+        ValueError: no graph can be captured on that device, or what is to be captured waits for it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -97,11 +97,6 @@ class CudaCapturer:
         self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def capture(self, bodies: Sequence[Body]) -> list[Body]:
-        if torch.cuda.is_current_stream_capturing():
-            raise ValueError(
-                "a CUDA graph is being captured already, and sampling draws its noise on the host: "
-                "capture the model's forward, or call sample_latents outside of the capture"
-            )
         with torch.cuda.device(self._device):
             side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())
@@ -309,8 +304,13 @@ def sample(
     """`sample_latents` through a graph, captured at the first call for this plan and batch size.
 
     Raises:
-        ValueError: outside CUDA, or where the steps cannot be captured.
+        ValueError: outside CUDA, inside another capture, or where the steps cannot be captured.
     """
+    if step.model.fake_latent.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise ValueError(
+            "a CUDA graph is being captured already, and sampling draws its noise on the host: "
+            "capture the model's forward, or call sample_latents outside of the capture"
+        )
     whole = on_level is None and fits_whole(step, len(labels_B))
     graph = (_cache if cache is None else cache).get(step, len(labels_B), whole)
     return graph.run(labels_B, noise, on_level)

@@ -236,11 +236,11 @@ def load_launches(path: Path) -> dict[str, Any]:
 def record(function: Any, arch: str, dtype: str) -> list[Any]:
     """What an entry of LAUNCHES launches."""
     import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from fake_cuda import fake_cuda
 
     from fastfar.kernels.gpu._launch import recording
 
-    with FakeTensorMode(allow_non_fake_inputs=True), recording() as seen:
+    with fake_cuda(), recording() as seen:
         function(ARCHS[arch], getattr(torch, DTYPES[dtype]))
     return seen
 

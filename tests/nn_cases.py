@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from formula import fill_by_formula
+from tolerances import relative
 from torch import Tensor, nn
 
 from fastfar import reference
@@ -137,7 +138,9 @@ CASES: dict[str, Case] = {
 CONSTANT = ("target", "loss_weight", "noise")  # floating inputs that no gradient is wanted of
 
 
-def build(name: str, dtype: torch.dtype, **options: Any) -> tuple[nn.Module, Inputs]:
+def build(
+    name: str, dtype: torch.dtype, device: torch.device | str = "cpu", **options: Any
+) -> tuple[nn.Module, Inputs]:
     """The module with weights by formula, and inputs that want gradients."""
     torch.manual_seed(0)
     make, inputs, _ = CASES[name]
@@ -146,10 +149,10 @@ def build(name: str, dtype: torch.dtype, **options: Any) -> tuple[nn.Module, Inp
 
     def leaf(key: str, x: Tensor) -> Tensor:
         if not x.is_floating_point():
-            return x
-        return x.to(dtype).requires_grad_(key not in CONSTANT)
+            return x.to(device)
+        return x.to(device, dtype).requires_grad_(key not in CONSTANT)
 
-    return module.to(dtype), {key: leaf(key, x) for key, x in inputs().items()}
+    return module.to(device, dtype), {key: leaf(key, x) for key, x in inputs().items()}
 
 
 def leaves(module: nn.Module, inputs: Inputs) -> list[Tensor]:
@@ -163,7 +166,24 @@ def value_and_gradients(
     """Value, and the gradients of a fixed projection of it."""
     out = function(**inputs)
     generator = torch.Generator().manual_seed(1)
-    cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
+    cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
     wanted = leaves(module, inputs)
     grads = torch.autograd.grad(out, wanted, cotangent)
     return [out.detach(), *grads]
+
+
+def assert_right(
+    name: str,
+    dtype: torch.dtype,
+    limit: float,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> None:
+    """Value and gradients in `dtype` are within `limit` of the float64 reference."""
+    module, inputs = build(name, dtype, device, **options)
+    exact, doubled = build(name, torch.float64)
+    truth = value_and_gradients(partial(CASES[name][2], exact), exact, doubled)
+    ours = value_and_gradients(module, module, inputs)
+    for i, (one, expected) in enumerate(zip(ours, truth, strict=True)):
+        error = relative(one.cpu(), expected)
+        assert error < limit, f"{name}, result {i}: error {error:.1e} ({dtype})"

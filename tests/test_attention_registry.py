@@ -21,11 +21,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fastfar import _packages, backend, reference
 from fastfar.backend import GPUFacts, described_gpu
 from fastfar.cli import main
+from fastfar.config import FARConfig
 from fastfar.model import FAR
 from fastfar.ops import _attention, attention, layernorm_attention_residual, use_backend
 from fastfar.ops._attention import REGISTRY, choose
 from fastfar.ops._attention_backends import AttentionRequest
 from fastfar.plan import SamplingPlan
+from fastfar.prepared import prepare_native
 from fastfar.sampling import sample_latents
 
 CPU = replace(BASE, device="cpu", architecture=0, dtype=torch.float32)
@@ -287,6 +289,17 @@ def test_by_name_pytorch_computes_it_on_the_native_back_end(
                 x_BSD, *weights, num_heads=3, attention="sdpa_math"
             )
         assert relative(other, own) < 1e-5 and count() == 1
+
+
+@pytest.mark.usefixtures("library")
+def test_a_packed_model_keeps_it(tiny_config: FARConfig, count: Callable[[], int]) -> None:
+    model = FAR(replace(tiny_config, head_width=16)).eval()
+    tokens = torch.randn(1, tiny_config.num_tokens, tiny_config.token_dim)
+    inputs = (tokens, model.class_embedding(torch.tensor([0])))
+    own = prepare_native(model, torch.float32)(*inputs)
+    assert count() == 0
+    packed = prepare_native(model.set_attention_backend("sdpa_math"), torch.float32)
+    assert relative(packed(*inputs), own) < 1e-5 and count() == 3
 
 
 # --- doctor ------------------------------------------------------------------------------------

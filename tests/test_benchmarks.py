@@ -150,12 +150,3 @@ def test_native_benchmark_runs(mode: str) -> None:
         assert "%" in lines[-1] or "native stage" in lines[-1], out
     else:
         assert "not available" in out, out
-
-
-def test_sampling_benchmark_runs() -> None:
-    """One image, two diffusion steps, random weights: the gate is green and a ratio is printed."""
-    options = ["--preset", "demo", "--batch", "1", "--repeats", "1", "--diffusion-steps", "2"]
-    out = run_script("bench_sampling.py", "--threads", "1", *options)
-    assert "10 outer steps, 20 head calls" in out
-    assert "reference float32" in out and "torch float32" in out
-    assert out.count(" x\n") >= 2 and "red" not in out, out

@@ -30,13 +30,13 @@ def bench(capsys: Captured, *arguments: str) -> str:
     return capsys.readouterr().out
 
 
-def test_prediction(capsys: Captured) -> None:
+def test_prediction(capsys: Captured, tiny_preset: None) -> None:
     out = bench(
-        capsys, "--predict", "a100", "--preset", "far_base", "--diffusion-steps", "6",
+        capsys, "--predict", "a100", "--preset", "demo", "--diffusion-steps", "1",
         "--head-depth", "3",
     )  # fmt: skip
-    assert out.startswith("expected, not measured: far_base with head depth 3, nomask")
-    for text in ("on A100 80 GB SXM", "encoder", "head chain", "decode", "bound", "two branches",
+    assert out.startswith("expected, not measured: demo with head depth 3, nomask")
+    for text in ("on A100 80 GB SXM", "encoder", "head chain", "bound", "two branches",
                  "published", "kernels of a diffusion step", "roofline"):  # fmt: skip
         assert text in out, text
 
@@ -73,8 +73,13 @@ def test_measurement(capsys: Captured, tmp_path: Path, tiny_preset: None) -> Non
         assert row["stages_s"]["head"] > 0 and row["peak_flops_per_s"] > 0
         assert row["torch"] == torch.__version__ and row["commit"] and "bench" in row["command"]
     assert json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    again = json.loads(bench(capsys, *arguments[:6], "--backends", "torch", "--json"))
-    assert again[0]["backend"] == "torch" and len(again) == 1
+
+
+def test_measurement_as_data(capsys: Captured, tiny_preset: None) -> None:
+    arguments = ["--preset", "demo", "--diffusion-steps", "1", "--repeats", "1"]
+    out = bench(capsys, *arguments, "--dtype", "float32", "--backends", "torch", "--json")
+    (row,) = json.loads(out)
+    assert row["backend"] == "torch" and row["speed_up_over"] == {}
 
 
 def test_a_wrong_result_gets_no_ratio(

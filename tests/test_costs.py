@@ -42,7 +42,7 @@ SMALL = FARConfig(
     encoder_depth=4,
     decoder_depth=3,
     num_heads=2,
-    head_depth=3,
+    head_depth=1,
     head_width=64,
     latent_channels=16,
     latent_size=4,
@@ -232,7 +232,7 @@ def test_tracing_leaves_no_fake_tables() -> None:
 
 PLAN = SamplingPlan.official(diffusion_steps=20)
 # An L2 that holds the modulations of two diffusion steps, twice.
-NARROW = dataclasses.replace(H100, l2_size=200e3)
+NARROW = dataclasses.replace(H100, l2_size=80e3)
 
 
 @pytest.fixture(scope="module")
@@ -254,13 +254,13 @@ def test_stages_add_up(prediction: image.Prediction) -> None:
 
 
 def test_kernels_of_a_diffusion_step(prediction: image.Prediction) -> None:
-    """2 d + 1 of the chain, two per chunk of modulations: at most 8 at d = 3."""
+    """2 d + 1 of the chain, two per chunk of modulations."""
     chunks = [head.chunk for head in prediction.heads]
     assert set(chunks) == {2, 4}  # the first step has half of the rows
     for head in prediction.heads:
-        assert head.chain.launches == pytest.approx(20 * 7)
+        assert head.chain.launches == pytest.approx(20 * 3)
         assert head.modulations.launches == pytest.approx(20 / head.chunk * 2)
-    assert prediction.launches_per_step <= 8
+    assert prediction.launches_per_step == pytest.approx(3 + 0.1 * 2 / 4 + 0.9 * 2 / 2)
 
 
 def test_branches_and_barriers(prediction: image.Prediction) -> None:
@@ -271,12 +271,10 @@ def test_branches_and_barriers(prediction: image.Prediction) -> None:
         assert head.two_branches <= (head.chain + head.modulations).seconds
 
 
-def test_monotonic(prediction: image.Prediction) -> None:
-    more_steps = image.predict(SMALL, PLAN.with_changes(diffusion_steps=40), NARROW)
-    assert 1.7 < more_steps.head_one_branch / prediction.head_one_branch < 2.1
-    assert more_steps.stages["encoder"].seconds == prediction.stages["encoder"].seconds
+def test_a_batch_costs_less_than_its_images(prediction: image.Prediction) -> None:
     batch = image.predict(SMALL, PLAN, NARROW, batch=64)
     assert prediction.seconds < batch.seconds < 64 * prediction.seconds
+    assert batch.reference_flops == 64 * prediction.reference_flops
 
 
 def test_blocks_and_chunks_are_continued_rightly(
@@ -294,32 +292,23 @@ def test_blocks_and_chunks_are_continued_rightly(
 
 
 def test_masks_make_the_encoder_shorter(prediction: image.Prediction) -> None:
-    """The first outer step, and another one with few or with most of the tokens."""
+    """Two outer steps: all tokens masked, then 15 of 16."""
+    names = [field.name for field in dataclasses.fields(PLAN)]
     whole = SamplingPlan.official("mask", diffusion_steps=1)
-    last = [
-        dataclasses.replace(
-            whole,
-            **{
-                field: getattr(whole, field)[:1] + getattr(whole, field)[k : k + 1]
-                for field in ("levels", "input_levels", "guidance_ramp", "temperatures",
-                              "diffusion_steps", "mask_ratios")
-            },
-        )
-        for k in (1, 10)
-    ]  # fmt: skip
-    early, late = (image.predict(SMALL, plan, NARROW).stages for plan in last)
-    assert early["encoder"].flops < late["encoder"].flops
-    assert late["encoder"].flops < 0.2 * prediction.stages["encoder"].flops
-    assert early["decoder"].flops == late["decoder"].flops
+    cut = {n: getattr(whole, n)[:2] for n in names if isinstance(getattr(whole, n), tuple)}
+    masked = image.predict(SMALL, dataclasses.replace(whole, **cut), NARROW).stages
+    every = prediction.stages
+    assert masked["encoder"].flops / 2 < 0.7 * every["encoder"].flops / 10
+    # The first of the ten steps has one half only; so have both here.
+    assert masked["decoder"].flops / 2 <= every["decoder"].flops / 10
 
 
 def test_the_published_way() -> None:
     """Its kernels do not depend on the sizes; each diffusion step copies six coefficients."""
     way = published(SMALL, PLAN, H100)
     assert way.step.copies == 6 and way.transformer.copies == 0
-    assert 80 < way.step.kernels.launches < 130
-    deeper = published(dataclasses.replace(SMALL, head_depth=4), PLAN, H100)
-    assert 8 < deeper.step.kernels.launches - way.step.kernels.launches < 20
+    assert 60 < way.step.kernels.launches < 100
+    assert way.transformer.kernels.launches == pytest.approx(12 * 7, abs=20)
     assert way.image.kernels.launches > 200 * way.step.kernels.launches
     host = way.step.kernels.launches * gpus.EAGER_CALL + 6 * gpus.BLOCKING_COPY
     assert way.step.seconds(H100) == pytest.approx(host)

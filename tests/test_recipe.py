@@ -50,7 +50,7 @@ def test_a_preset_and_its_entries_are_one_model() -> None:
         ({"mask_rule": "diagonal"}, "mask_rule must be one of"),
         ({"level_weight": "cosine"}, "level_weight"),
         ({"dtype": "float8"}, "dtype"),
-        ({"backend": "triton"}, "backend"),
+        ({"backend": "cuda"}, "backend"),
         ({"data": "imagenet"}, "data"),
         ({"compile": "yes"}, "compile"),
         ({"optimizer": "sgd"}, "optimizer must be one of"),

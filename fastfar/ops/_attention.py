@@ -28,9 +28,13 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def _constant(function: Function) -> Function:
-    """A compiler calls it once, while it traces, and keeps the result."""
-    constant: Function = torch.compiler.assume_constant_result(function)  # type: ignore[no-untyped-call]
-    return constant
+    """A compiler calls it once, while it traces, and keeps the result.
+
+    The mark of torch.compiler.assume_constant_result, which would import the compiler here: that
+    takes longer than everything else that `import fastfar` does.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 @_constant

@@ -59,6 +59,13 @@ def _empty_latent(tokens_BKP: Tensor, patch_size: int, size: int) -> Tensor:
     return tokens_BKP.new_empty((batch, numbers // patch_size**2, size, size))
 
 
+def _matrices(x: Tensor, size: int, num_levels: int, kind: str) -> Tensor:
+    """(K + 1, H, H) float32 on x's device; launches that are only recorded do not read them."""
+    if is_recording():
+        return x.new_empty((num_levels + 1, size, size), dtype=torch.float32)
+    return filter_table(size, num_levels, kind, x.device, torch.float32)
+
+
 def _run_forward(
     latent_BCHW: Tensor,
     level_B: Tensor,
@@ -68,9 +75,7 @@ def _run_forward(
     num_levels: int,
     kind: str,
 ) -> Tensor:
-    matrices = filter_table(
-        latent_BCHW.shape[-1], num_levels, kind, latent_BCHW.device, torch.float32
-    )
+    matrices = _matrices(latent_BCHW, latent_BCHW.shape[-1], num_levels, kind)
     tokens_BKP = _empty_tokens(latent_BCHW, kept_BK, patch_size)
     kernels("filter_mask_patchify").filter_mask_patchify(
         latent_BCHW, level_B, _rows(mask_BL), _rows(kept_BK), matrices, tokens_BKP,
@@ -102,7 +107,7 @@ def _run_backward(
     kind: str,
     size: int,
 ) -> Tensor:
-    matrices = filter_table(size, num_levels, kind, tokens_BKP.device, torch.float32)
+    matrices = _matrices(tokens_BKP, size, num_levels, kind)
     latent_BCHW = _empty_latent(tokens_BKP, patch_size, size)
     kernels("filter_mask_patchify").filter_mask_patchify_backward(
         tokens_BKP.contiguous(), level_B, _rows(mask_BL), _rows(kept_BK), matrices, latent_BCHW,

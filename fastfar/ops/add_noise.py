@@ -54,9 +54,11 @@ def _empty(x0_RP: Tensor, noise_NP: Tensor) -> Tensor:
 
 def _run(x0_RP: Tensor, noise_NP: Tensor, timestep_N: Tensor, num_timesteps: int) -> Tensor:
     out_NP = _empty(x0_RP, noise_NP)
-    table_2T = device_table(
-        ("signal", "sigma"), num_timesteps, num_timesteps, noise_NP.device, torch.float32
-    )
+    if is_recording():  # nothing reads it
+        table_2T = noise_NP.new_empty((2, num_timesteps), dtype=torch.float32)
+    else:
+        columns, device = ("signal", "sigma"), noise_NP.device
+        table_2T = device_table(columns, num_timesteps, num_timesteps, device, torch.float32)
     kernels("add_noise").add_noise(
         _rows.rows(x0_RP), _rows.rows(noise_NP), timestep_N, table_2T, out_NP,
         arch=architecture(noise_NP),

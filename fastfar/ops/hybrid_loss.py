@@ -102,9 +102,11 @@ def _weighted(loss_N: Tensor, weight_N: Tensor | None) -> Tensor:
     return loss_N if weight_N is None else loss_N * weight_N.to(loss_N.dtype)
 
 
-def _table(num_timesteps: int, device: torch.device) -> Tensor:
-    """(6, T) float32, the coefficients of every timestep."""
-    return device_table(_COLUMNS, num_timesteps, num_timesteps, device, torch.float32)
+def _table(num_timesteps: int, like: Tensor) -> Tensor:
+    """(6, T) float32, the coefficients of every timestep, on the device of `like`."""
+    if is_recording():  # nothing reads it
+        return like.new_empty((len(_COLUMNS), num_timesteps), dtype=torch.float32)
+    return device_table(_COLUMNS, num_timesteps, num_timesteps, like.device, torch.float32)
 
 
 # --- native ----------------------------------------------------------------------------------
@@ -130,7 +132,7 @@ def _fields(
         "noise_NP": noise_NP.contiguous(),
         "noised_NP": noised_NP.contiguous(),
         "timestep_N": timestep_N.contiguous(),
-        "table_T6": _table(num_timesteps, target_NP.device).t().contiguous(),
+        "table_T6": _table(num_timesteps, target_NP).t().contiguous(),
     }
 
 
@@ -246,7 +248,7 @@ def _run_triton(
 ) -> Tensor:
     loss_N = output_N2P.new_empty(len(output_N2P), dtype=torch.float32)
     tensors = (_rows.rows(x) for x in (output_N2P, target_RP, noise_NP, noised_NP))
-    table_6T = _table(num_timesteps, output_N2P.device)
+    table_6T = _table(num_timesteps, output_N2P)
     kernels("hybrid_loss").hybrid_loss(
         *tensors, timestep_N, weight_N, table_6T, loss_N, arch=architecture(output_N2P)
     )
@@ -279,7 +281,7 @@ def _run_triton_backward(
 ) -> Tensor:
     doutput_N2P = output_N2P.new_empty(output_N2P.shape)
     tensors = (_rows.rows(x) for x in (output_N2P, target_RP, noise_NP, noised_NP))
-    table_6T = _table(num_timesteps, output_N2P.device)
+    table_6T = _table(num_timesteps, output_N2P)
     kernels("hybrid_loss").hybrid_loss_backward(
         dloss_N, *tensors, timestep_N, weight_N, table_6T, doutput_N2P,
         arch=architecture(output_N2P),

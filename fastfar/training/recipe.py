@@ -32,8 +32,9 @@ class Recipe:
             `diffusion_loss`.
         ema_decay: with warm-up min(decay, (1 + n) / (10 + n)).
         dtype: "auto" (bfloat16 autocast where the machine has it), "bfloat16" or "float32".
-        backend: "native" (the kernels' forward and backward), "torch", or "auto": "torch", which
-            was measured to be a little faster on the demo. It may change within a run.
+        backend: "native" (the CPU kernels' forward and backward), "triton" (those of a GPU),
+            "torch", or "auto": on a CPU "torch", which was measured to be a little faster on the
+            demo, else as in sampling. It may change within a run.
         optimizer: "torch" (torch.optim.AdamW, fused), or "apex" (apex.optimizers.FusedAdam, on a
             GPU). It may change within a run.
         grad_checkpointing: compute every block again in the backward instead of keeping its
@@ -85,7 +86,7 @@ class Recipe:
             "mask_rule": (*MASK_RULES, None),
             "level_weight": (*LEVEL_WEIGHTS, None),
             "dtype": ("auto", "bfloat16", "float32"),
-            "backend": ("auto", "native", "torch"),
+            "backend": ("auto", "native", "torch", "triton"),
             "level_per_image": (True, False),
             "compile": (True, False),
             "optimizer": ("torch", "apex"),

@@ -5,19 +5,21 @@ The same test bodies run in both places, so that what waits for a GPU has been r
 
 from __future__ import annotations
 
+import interpreter
 import pytest
 import torch
 from places import CONFIGS, DTYPES, Place
 
-from fastfar import FARConfig, backend
+from fastfar import FARConfig
 
 GPU = pytest.mark.gpu
 
 
 def _device(name: str) -> torch.device:
-    pytest.importorskip("triton", minversion="3.2")  # a folder of that name has no version
-    if name == "cpu" and not backend.interpreting():
-        pytest.skip("there is a GPU: Triton's interpreter is off")
+    if name == "cpu":
+        interpreter.need()
+    else:
+        pytest.importorskip("triton", minversion="3.2")
     return torch.device(name)
 
 

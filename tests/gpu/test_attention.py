@@ -99,8 +99,11 @@ def test_dropout_keeps_the_mean(name: str, place: Place) -> None:
 
 
 @each_backend
-def test_deterministic_gradients(name: str, place: Place) -> None:
+def test_deterministic_gradients(
+    name: str, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Under PyTorch's switch gradients repeat bit by bit, or the back end says why it cannot."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or PyTorch refuses cuBLAS
     qkv = draw("odd", place).requires_grad_()
     torch.use_deterministic_algorithms(True)
     try:

@@ -165,3 +165,14 @@ def test_what_is_not_taken() -> None:
         run(x, update, weight, None)
     with pytest.raises(ValueError, match="at most 16384"):
         run(torch.zeros(1, 16385), None, None, None)
+
+
+def test_rows_far_into_memory_are_addressed_in_64_bits() -> None:
+    """A distance between rows that makes the last one's offset larger than 2^31 elements."""
+    stride = 2**30
+    storage = torch.UntypedStorage(2 * (2 * stride + 8))  # pages that nobody touches are free
+    x = torch.tensor([], dtype=torch.float16).set_(storage, 0, (3, 8), (stride, 1))
+    x.copy_(torch.randn(3, 8))
+    near = x.contiguous()
+    assert torch.equal(run(x, near, None, None)[1], run(near, near, None, None)[1])
+    assert torch.equal(run(near, x, None, None)[0], near + near)
