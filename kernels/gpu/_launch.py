@@ -13,6 +13,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -50,13 +52,15 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     """kernel[grid](*args, **options), or a note of it inside `recording`.
 
     args: run-time arguments, in the kernel's order. options: constants by name, num_warps,
-    num_stages. An empty grid launches nothing.
+    num_stages. An empty grid launches nothing. Runs on the device of the first tensor.
     """
     recorded = _recorded.get()
     if recorded is not None:
         recorded.append(Launch(kernel, grid, args, options))
     elif all(grid):
-        kernel[grid](*args, **options)
+        device = next(x.device for x in args if isinstance(x, torch.Tensor))
+        with torch.cuda.device(device if device.type == "cuda" else -1):  # -1: leave it alone
+            kernel[grid](*args, **options)
 
 
 def is_recording() -> bool:
