@@ -102,7 +102,7 @@ class ResBlock(OpModule):
                 fc2.bias,
                 eps=EPS,
             )
-        return out_NW.view(x.shape)
+        return out_NW.reshape(x.shape)
 
 
 class FinalLayer(OpModule):

@@ -49,15 +49,13 @@ from fastfar.diffloss import DiffLoss
 from fastfar.head import FinalLayer, ResBlock, SimpleMLPAdaLN, TimestepEmbedder
 from fastfar.ops import filter_mask_patchify
 from fastfar.ops._module import OpModule
-from fastfar.transformer import Attention, Block, Mlp
+from fastfar.transformer import Block
 
 __all__ = [
-    "Attention",
     "Block",
     "DiffLoss",
     "FilterMaskPatchify",
     "FinalLayer",
-    "Mlp",
     "ResBlock",
     "SimpleMLPAdaLN",
     "TimestepEmbedder",

@@ -43,6 +43,8 @@ class Mlp(nn.Module):
 class Block(OpModule):
     """x + attention(LN(x)), then x + MLP(LN(x)), with the exact GELU.
 
+    `attn` and `mlp` hold parameters only: the block is one op.
+
     Args:
         dim: D, width of x.
         num_heads: divides D.

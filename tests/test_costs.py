@@ -44,8 +44,6 @@ SMALL = FARConfig(
     num_heads=2,
     head_depth=1,
     head_width=64,
-    latent_channels=16,
-    latent_size=4,
     buffer_size=4,
     num_classes=5,
 )
@@ -232,7 +230,7 @@ def test_tracing_leaves_no_fake_tables() -> None:
 
 PLAN = SamplingPlan.official(diffusion_steps=20)
 # An L2 that holds the modulations of two diffusion steps, twice.
-NARROW = dataclasses.replace(H100, l2_size=80e3)
+NARROW = dataclasses.replace(H100, l2_size=1.2e6)
 
 
 @pytest.fixture(scope="module")

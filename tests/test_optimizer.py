@@ -87,6 +87,8 @@ def test_a_device_that_is_not_there(tmp_path: Path) -> None:
         pytest.skip("there is a GPU")
     with pytest.raises(ValueError, match="device 'cuda' cannot be used: no CUDA device"):
         Trainer(tiny_recipe(), tiny_data(), tmp_path, device="cuda")
+    with pytest.raises(ValueError, match="device 'gpu' is not known"):
+        Trainer(tiny_recipe(), tiny_data(), tmp_path, device="gpu")
     assert not list(tmp_path.iterdir())
 
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:  # imported in `run`: --help need not wait for PyTorch
 EXPORT_DTYPES = ("bfloat16", "float32", "float16")
 
 _DESCRIPTION = """\
-Train a FAR model on the CPU. OUTPUT gets state.pt, recipe.json, log.jsonl and, at the end, export/:
-the averaged weights with tokenizer, sampling plan and class names, for `fastfar sample`. If OUTPUT
+Train a FAR model. OUTPUT gets state.pt, recipe.json, log.jsonl and, at the end, export/: the
+averaged weights with tokenizer, sampling plan and class names, for `fastfar sample`. If OUTPUT
 holds a run already, it goes on exactly where it was. Ctrl-C finishes the step and saves."""
 
 _EPILOG = """examples:
@@ -58,6 +58,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     add("--data", metavar="FOLDER", type=Path, help="of the four IDX files, if not installed")
     add("--minutes", metavar="M", type=float, help="stop after that time, as if finished")
+    add("--device", metavar="NAME", default="cpu", help="cpu, cuda, cuda:1 (%(default)s)")
     add("--threads", metavar="N", type=int, help="CPU threads")
     add("--log-every", metavar="N", type=int, default=50, help="steps (%(default)s)")
     add("--save-every", metavar="N", type=int, default=500, help="steps (%(default)s)")
@@ -131,7 +132,7 @@ def _train(args: argparse.Namespace, writer: Any) -> dict[str, Any]:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     recipe = read_recipe(args.recipe, args.set, args.output)
-    trainer = Trainer(recipe, _load_data(args), args.output)
+    trainer = Trainer(recipe, _load_data(args), args.output, args.device)
     first = trainer.step
     print(
         f"{args.output}: step {first} of {recipe.steps}, "
@@ -161,6 +162,7 @@ def _train(args: argparse.Namespace, writer: Any) -> dict[str, Any]:
         found["export"] = str(folder)
     if trainer.step < recipe.steps:
         command = ["fastfar", "train", "--output", str(args.output)]
+        command += ["--device", args.device] if args.device != "cpu" else []
         found["resume"] = shlex.join(command + (["--data", str(args.data)] if args.data else []))
     return found
 

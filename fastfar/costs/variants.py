@@ -15,6 +15,7 @@ import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -281,16 +282,16 @@ class Compiled:
     compiled with static shapes; on CUDA as CUDA graphs ("reduce-overhead"). Masks are not.
     """
 
-    def __init__(self, subject: Subject, dtype: torch.dtype, compiler: str = "inductor") -> None:
+    def __init__(self, subject: Subject, dtype: torch.dtype) -> None:
         if subject.plan.mask_ratios is not None:
             raise ValueError("the variant compile knows no masks; leave it out of --backends")
         self.subject, self.dtype = subject, dtype
         self.model = copy.deepcopy(subject.model).to(dtype)
-        options: dict[str, object] = {"backend": compiler, "dynamic": False, "fullgraph": True}
-        if subject.device.type == "cuda" and compiler == "inductor":
+        options: dict[str, Any] = {"dynamic": False, "fullgraph": True}
+        if subject.device.type == "cuda":
             options["mode"] = "reduce-overhead"
-        self.transformer = torch.compile(self.model, **options)  # type: ignore[call-overload]
-        self.step = torch.compile(self._step, **options)  # type: ignore[call-overload]
+        self.transformer = torch.compile(self.model, **options)
+        self.step = torch.compile(self._step, **options)
 
     def _step(
         self,

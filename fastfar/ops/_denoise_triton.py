@@ -102,7 +102,7 @@ class _Loop:
         self, head: FoldedHead, base_MW: Tensor, initial_NP: Tensor, chunk: int, slots: int
     ) -> None:
         rows, width = base_MW.shape
-        tokens, channels = initial_NP.shape
+        tokens = len(initial_NP)
         dtype, device = head.compute_dtype, initial_NP.device
         self.head, self.base_MW, self.chunk = head, base_MW, chunk
         self.halves = rows // tokens

@@ -10,7 +10,7 @@ What stands beside them is folded in beforehand (w = width, hats are normalised 
     the final shift:      W_f (xhat (1 + scale) + shift) + b_f = W_f (xhat (1 + scale)) + r_f
 
 Columns of the modulations: scale', r and gate (w each) per block, then 1 + scale (w) and r_f (2P).
-That is (3 d + 1) w + 2P numbers a row, 2P - w fewer than as published, and exactly the same function.
+That is (3 d + 1) w + 2P numbers a row, w - 2P fewer than as published, for the same function.
 """
 
 from __future__ import annotations

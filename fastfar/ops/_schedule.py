@@ -46,7 +46,7 @@ def schedule(steps: int, chunk: int, branches: int = 1) -> list[Item]:
     last_step: dict[int, int] = {}  # chunk -> position of its last step
 
     def modulate(index: int) -> None:
-        after = ()
+        after: tuple[int, ...] = ()
         if branches == 2 and index - branches in last_step:
             after = (last_step[index - branches],)  # the slot's former content has been read
         modulated[index] = len(items)
@@ -78,8 +78,9 @@ def run(items: Sequence[Item], execute: Callable[[Item], None], device: torch.de
             execute(item)
         return
     main = torch.cuda.current_stream(device)
-    streams = (torch.cuda.Stream(device, priority=-1), main)
-    streams[0].wait_stream(main)
+    chain = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+    streams = (chain, main)
+    chain.wait_stream(main)
     awaited = {position for item in items for position in item.after}
     done: dict[int, torch.cuda.Event] = {}
     for position, item in enumerate(items):
@@ -90,4 +91,4 @@ def run(items: Sequence[Item], execute: Callable[[Item], None], device: torch.de
             execute(item)
         if position in awaited:
             done[position] = stream.record_event()
-    main.wait_stream(streams[0])
+    main.wait_stream(chain)

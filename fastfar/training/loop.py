@@ -91,7 +91,11 @@ class Trainer:
         device: torch.device | str = "cpu",
     ) -> None:
         _check_data(recipe, data)
-        self.device = torch.device(device)
+        try:
+            self.device = torch.device(device)
+        except RuntimeError as error:
+            known = "give cpu, cuda or cuda:1"
+            raise ValueError(f"device {device!r} is not known; {known}") from error
         plain = recipe.backend == "auto" and self.device.type == "cpu"
         self.backend = backend.resolve("torch" if plain else recipe.backend, self.device)
         self.recipe, self.data, self.folder = recipe, data, folder

@@ -49,8 +49,8 @@ _TABLE: dict[tuple[str, int], dict[int, Config]] = {
     ("add_noise", 4): {80: _c(4, 1, TILE=1024)},
     # --- products: BM x BN outputs, BK of the sum at a time -----------------------------------
     # At batch 1 the modulations of the next steps run beside the chain of products of this one. So
-    # a program of either kind must leave room for one of the other on a multiprocessor: registers
-    # (65536) and shared memory (228 KB on sm_90) of "modulations" and "modulated" or "gated" add up.
+    # a program of either kind must leave room for one of the other on a multiprocessor: "gated" or
+    # "modulated" and "modulations" share 65536 registers, and 228 KB (sm_90) of shared memory.
     ("gemm_linear", 2): {
         0: _c(BM=32, BN=64, BK=64, GROUP=8),
         80: _c(4, 3, BM=64, BN=128, BK=64, GROUP=8),

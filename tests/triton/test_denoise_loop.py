@@ -197,7 +197,8 @@ def test_other_solvers_may_look_back() -> None:
     modulations = torch.cat([scale, addend], dim=1)
     final, w = torch.randn(2 * channels, width), torch.randn(width, channels)
     x, before = torch.randn(tokens, channels), torch.randn(tokens, channels)
-    noise, table = torch.randn(tokens, channels), torch.tensor([1.1, 0.4, 0.9, 0.3, -0.2, -3, -1, 1.0])
+    noise = torch.randn(tokens, channels)
+    table = torch.tensor([1.1, 0.4, 0.9, 0.3, -0.2, -3.0, -1.0, 1.0])
     statistics = torch.stack(
         [h.mean(1), h.var(1, correction=0) * width], dim=-1
     )[:, None].contiguous()

@@ -60,6 +60,14 @@ def test_not_contiguous_and_without_affine(dtype: torch.dtype) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_norm_is_that_of_the_rounded_sum(dtype: torch.dtype) -> None:
+    """Which is what its backward, and whoever reads the sum, sees."""
+    x, update, *affine = inputs(4, 70, dtype=dtype)
+    total, normed = run(x, update, *affine)
+    assert torch.equal(normed, run(total, None, *affine)[1])
+
+
 def test_a_mean_far_from_zero_costs_no_precision() -> None:
     x, update, *affine = inputs(3, 96, dtype=torch.float32)
     x = 1000 + x
