@@ -20,7 +20,7 @@ import importlib.metadata
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -250,7 +250,8 @@ def resolve(
     """The back end that `name` means on `device`.
 
     "auto" is FASTFAR_BACKEND; where that is not set either, "native" on a CPU if the library is
-    there and takes dtype and model, else "torch".
+    there and takes dtype and model, "triton" on a CUDA device if Triton is there and takes the
+    dtype, else "torch".
 
     Also applies FASTFAR_THREADS, FASTFAR_LOG and FASTFAR_ISA, and checks the other variables, so
     that none is ignored in silence.
@@ -266,8 +267,11 @@ def resolve(
     """
     configure()
     device = torch.device(device)
-    unfit = _native_unfit(device, dtype, native_reason)
-    chosen, source = _choose(name, unfit)
+    unfit = {
+        "native": _native_unfit(device, dtype, native_reason),
+        "triton": _triton_unfit(device, dtype),
+    }
+    chosen, source = _choose(name, unfit, "triton" if device.type == "cuda" else "native")
     if device.type == "cuda" and (reason := _cuda_reason()) is not None:
         raise ValueError(f"device {str(device)!r} cannot be used: {reason}. Use device 'cpu'")
     _log.info("back end %s on %s (%s)", chosen, device, source)
@@ -311,20 +315,32 @@ def _native_unfit(
     return native_reason
 
 
-def _choose(name: str, unfit: str | None = None) -> tuple[str, str]:
+def _triton_unfit(device: torch.device, dtype: torch.dtype | None) -> str | None:
+    """Why the Triton back end, if it is there, cannot run this; None if it can."""
+    if device.type != "cuda" and not interpreting():
+        return f"it runs on a GPU, the model is on {device}"
+    if dtype is torch.float64:
+        return "it computes in float32, float16 or bfloat16, not in torch.float64"
+    return None
+
+
+def _choose(
+    name: str, unfit: Mapping[str, str | None] | None = None, fastest: str = "native"
+) -> tuple[str, str]:
     """The back end that `name` means, and why that one. ValueError when it is off.
 
-    unfit: why "native" cannot run what is to be run.
+    Args:
+        unfit: why back ends that are there cannot run what is to be run.
+        fastest: what "auto" takes if it can.
     """
     source = "backend"
     if name == "auto":
         name, source = _setting("FASTFAR_BACKEND"), "FASTFAR_BACKEND"
-    state = backends()
-    state["native"] = state["native"] or unfit
+    state = {each: reason or (unfit or {}).get(each) for each, reason in backends().items()}
     if name == "auto":
-        if state["native"] is None:
-            return "native", "auto"
-        return "torch", f"auto; native is off: {state['native']}"
+        if state[fastest] is None:
+            return fastest, "auto"
+        return "torch", f"auto; {fastest} is off: {state[fastest]}"
     if name not in state:
         raise ValueError(f"{source}={name!r} is not known; allowed: auto, {', '.join(state)}")
     if (reason := state[name]) is not None:

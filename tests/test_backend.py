@@ -57,12 +57,25 @@ def test_auto_is_native_where_it_can_be_unless_the_variable_says_otherwise(
     assert backend.resolve("auto", "cpu", torch.float16) == "torch"
     assert backend.resolve("auto", "cpu", native_reason="too narrow") == "torch"
     monkeypatch.setattr(backend, "_cuda_reason", lambda: None)
-    assert backend.resolve("auto", "cuda") == "torch"
+    for why_not, expected in ((None, "triton"), ("not installed", "torch")):
+        monkeypatch.setattr(backend, "_package_reason", lambda _, reason=why_not: reason)
+        assert backend.resolve("auto", "cuda") == expected
+    assert backend.resolve("auto", "cuda", torch.float64) == "torch"
     monkeypatch.setenv("FASTFAR_BACKEND", "reference")
     assert backend.resolve("auto", "cpu") == "reference"
     assert backend.resolve("torch", "cpu") == "torch", "an argument beats the variable"
     monkeypatch.setenv("FASTFAR_BACKEND", "")
     assert backend.resolve() == "native", "empty means not set"
+
+
+def test_triton_asked_for_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_cuda_reason", lambda: None)
+    monkeypatch.setattr(backend, "_package_reason", lambda _: None)
+    with pytest.raises(ValueError, match="not in torch.float64"):
+        backend.resolve("triton", "cuda", torch.float64)
+    monkeypatch.setattr(backend, "interpreting", lambda: False)
+    with pytest.raises(ValueError, match="runs on a GPU, the model is on cpu"):
+        backend.resolve("triton", "cpu")
 
 
 @pytest.mark.parametrize(

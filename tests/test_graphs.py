@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -15,10 +16,11 @@ from typing import Any
 import pytest
 import torch
 from recorder import RecordingCapturer
+from tiny_run import tiny_pipeline
 from torch import Tensor
 
 import fastfar
-from fastfar import FAR, SamplingPlan, SeededNoise, graphs
+from fastfar import FAR, SamplingPlan, SeededNoise, graphs, pipeline
 from fastfar.graphs import GraphCache
 from fastfar.noise import CheckedNoise, NoiseSource
 from fastfar.ops import use_backend
@@ -301,3 +303,21 @@ def test_where_graphs_are_wanted() -> None:
     with graphs.disabled():
         assert not graphs.wanted(torch.device("cuda", 0))
     assert graphs.wanted(torch.device("cuda", 0))
+
+
+def test_a_pipeline_that_nobody_listens_to_needs_no_graph_by_level(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    listeners: list[object] = []
+
+    def sampled(*args: Any) -> Tensor:
+        listeners.append(args[-1])
+        return torch.zeros(1, 1, 8, 8)
+
+    monkeypatch.setattr(pipeline, "sample_latents", sampled)
+    pipe = tiny_pipeline()
+    pipe(1, output_type="latent")
+    pipe(1, output_type="latent", callback_on_level_end=lambda pipe, step, latents: None)
+    pipe.set_progress_bar_config(disable=False, file=io.StringIO())
+    pipe(1, output_type="latent")
+    assert [listener is None for listener in listeners] == [True, False, False]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tolerances import relative
 
-from fastfar import reference
+from fastfar import levels, reference
 from fastfar.levels import check_levels, filter_matrices, low_pass, patchify, unpatchify
 
 KINDS = ("area_bicubic", "fourier")
@@ -71,3 +71,16 @@ def test_errors() -> None:
         check_levels(torch.tensor([3.0]), 16)
     with pytest.raises(ValueError, match="patches of 3"):
         patchify(torch.zeros(1, 1, 4, 4), 3)
+
+
+def test_a_table_made_while_sampling_serves_training() -> None:
+    """Tables outlive inference mode, whose tensors autograd refuses."""
+    levels.filter_matrices.cache_clear()
+    levels.filter_table.cache_clear()
+    latent, level_B = torch.randn(2, 1, 4, 4), torch.tensor([3, -1])
+    with torch.inference_mode():
+        expected = low_pass(latent, level_B, num_levels=8)
+    ours = low_pass(latent.requires_grad_(), level_B, num_levels=8)
+    (grad,) = torch.autograd.grad(ours.square().sum(), [latent])
+    assert torch.equal(ours, expected) and torch.equal(grad[1], 2 * latent[1])
+    assert levels.filter_table.cache_info().misses == 1
