@@ -44,6 +44,9 @@ def sample_latents(
     At outer step k: z = transformer(tokens_k, class); x ~ denoise(z, level_k); tokens_{k+1} =
     mask(low-pass(x, input level of step k + 1)). The result is the x of the last step.
 
+    Back end "triton" on a CUDA device captures the run as a CUDA graph at the first call for a plan
+    and a batch size, and replays it from then on: `fastfar.graphs` says when and how.
+
     Args:
         model: a FAR model.
         class_labels: (B,) whole numbers in 0..num_classes - 1.
@@ -53,7 +56,8 @@ def sample_latents(
         backend: "auto", "reference", "torch", "native" or "triton".
         dtype: compute dtype; None is the back end's best, float32 is parity mode everywhere. The
             native back end has float32 and bfloat16; its activations are float32 in both.
-        on_level: called as on_level(step, latent_BCHH) after each outer step.
+        on_level: called as on_level(step, latent_BCHH) after each outer step (which is then a CUDA
+            graph of its own, where there are graphs).
 
     Returns:
         (B, C, H, H) float32 (float64 if that is the compute dtype), on the model's device.

@@ -12,8 +12,9 @@ from command import Captured, fails
 from tolerances import relative
 
 from fastfar import cli, config
+from fastfar.cli import bench as bench_command
 from fastfar.config import FARConfig
-from fastfar.costs import image, measure, published, rows, variants
+from fastfar.costs import gpus, image, measure, published, rows, variants
 from fastfar.sampling import sample_latents
 
 CPU = torch.device("cpu")
@@ -121,6 +122,13 @@ def test_compiled_path(tiny_preset: None, monkeypatch: pytest.MonkeyPatch) -> No
     assert relative(compiled(labels_B, noise), truth) < 1e-4
 
 
+def test_the_parser_knows_all_names() -> None:
+    """It has copies, as --help does not import PyTorch."""
+    assert tuple(gpus.GPUS) == bench_command._GPUS
+    assert variants.NAMES == bench_command._VARIANTS
+    assert sorted(config.PRESETS) == sorted(bench_command._PRESETS)
+
+
 def test_errors(capsys: Captured) -> None:
     with pytest.raises(SystemExit):
         cli.main(["bench", "--predict", "v100"])
@@ -130,6 +138,7 @@ def test_errors(capsys: Captured) -> None:
     assert "--repeats must be" in fails(capsys, "bench", "--repeats", "0")
     message = fails(capsys, "bench", "--predict", "h100", "--checkpoint", "demo")
     assert "give --preset instead" in message
+    assert "belongs to a --preset" in fails(capsys, "bench", "--head-depth", "2")
     assert "one --batch" in fails(capsys, "bench", "--predict", "h100", "--batch", "1", "2")
     if not torch.cuda.is_available():
         assert "cannot be used" in fails(capsys, "bench", "--device", "cuda")

@@ -74,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if min(args.batch) < 1:
         raise ValueError(f"--batch must be at least 1, got {min(args.batch)}")
+    if args.head_depth is not None and not (args.preset or args.predict):
+        raise ValueError("--head-depth belongs to a --preset: a checkpoint's head is what it is")
     return _predict(args) if args.predict else _measure(args)
 
 

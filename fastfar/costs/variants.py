@@ -23,7 +23,7 @@ from torch import Tensor
 from fastfar import backend as backends
 from fastfar import graphs, reference
 from fastfar.checkpoint import load_pretrained
-from fastfar.config import PRESETS, FARConfig
+from fastfar.config import FARConfig
 from fastfar.decoding import decode_latents
 from fastfar.diffusion import diffusion_tables, update_table
 from fastfar.kl_vae import KLVAE
@@ -360,6 +360,3 @@ class Compiled:
             x_BLP = x_NP.view(batch, config.num_tokens, -1)
             latent_BCHH = unpatchify(x_BLP, config.patch_size)
         return latent_BCHH
-
-
-PRESET_NAMES = tuple(sorted(PRESETS))

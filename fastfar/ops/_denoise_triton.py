@@ -142,7 +142,7 @@ class _Loop:
             activated,
             self.head["modulations.weight"],
             self.modulations[slot].flatten(0, 1).narrow(0, 0, count),
-            kind="modulations",
+            kind="modulations" if rows < MANY_ROWS else "large",
             bias_N=self.head["modulations.bias"],
         )
 
@@ -265,7 +265,7 @@ def denoise(
     base_MW = torch.empty(rows, head.width, dtype=torch.float32, device=device)
     bias = torch.add(head["cond_embed.bias"], head["level.weight"], alpha=float(level))
     condition = condition_MD.to(head.compute_dtype).contiguous()
-    gemm(condition, head["cond_embed.weight"], base_MW, kind="gated", bias_N=bias)
+    gemm(condition, head["cond_embed.weight"], base_MW, kind="narrow", bias_N=bias)
     time_TW = head.time_embedding(steps, num_timesteps)
     table_T8 = _device_update_table(steps, num_timesteps, float(temperature), device)
     low, high = x0_range if x0_range is not None else (-math.inf, math.inf)

@@ -13,7 +13,6 @@ from torch import Tensor
 from fastfar import _native
 from fastfar.diffusion import (
     device_table,
-    diffusion_tables,
     step_coefficients,
     timestep_embedding,
     update_table,
@@ -322,7 +321,7 @@ def _denoise_loop_triton(
         return initial_NP.float()
     guided = len(condition_MD) == 2 * rows and guidance_scale != 1.0
     if not guided:
-        condition_MD = condition_MD[:rows]
+        condition_MD = condition_MD.narrow(0, 0, rows)  # fake CUDA tensors refuse slices
     noise_TNP = noise_TNP.contiguous()
     return denoise(head, condition_MD, level, initial_NP.contiguous(), noise_TNP, **options)
 

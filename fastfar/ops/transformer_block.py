@@ -178,10 +178,9 @@ def _mlp_residual_fused(
     out_ND = y_ND.new_empty(y_ND.shape)
     fc1_weight, fc2_weight = (w.to(dtype).contiguous() for w in (fc1_weight, fc2_weight))
     fc1_bias, fc2_bias = fc1_bias.contiguous(), fc2_bias.contiguous()
-    many = h_ND.shape[0] >= MANY_ROWS
-    wide, narrow = ("modulations", "modulations") if many else ("linear", "gated")
-    gemm(h_ND, fc1_weight, h_NF, wide, bias_N=fc1_bias, activation="gelu")
-    gemm(h_NF, fc2_weight, out_ND, narrow, bias_N=fc2_bias, residual_MN=_rows.rows(y_ND))
+    kind = "linear" if h_ND.shape[0] >= MANY_ROWS else "narrow"
+    gemm(h_ND, fc1_weight, h_NF, bias_N=fc1_bias, activation="gelu")
+    gemm(h_NF, fc2_weight, out_ND, kind, bias_N=fc2_bias, residual_MN=_rows.rows(y_ND))
     return out_ND
 
 

@@ -63,6 +63,32 @@ _TABLE: dict[tuple[str, int], dict[int, Config]] = {
         80: _c(4, 2, BM=64, BN=64, BK=32, GROUP=8),
         942: _c(4, 2, BM=64, BN=64, BK=32, GROUP=8),
     },
+    ("gemm_narrow", 2): {
+        0: _c(BM=32, BN=64, BK=64, GROUP=8),
+        80: _c(4, 3, BM=64, BN=128, BK=64, GROUP=8),
+        90: _c(8, 4, BM=64, BN=128, BK=64, GROUP=8),
+        120: _c(4, 3, BM=64, BN=128, BK=64, GROUP=8),
+        942: _c(4, 2, BM=64, BN=64, BK=64, GROUP=8),
+    },
+    ("gemm_narrow", 4): {
+        0: _c(BM=32, BN=64, BK=64, GROUP=8),
+        80: _c(4, 2, BM=64, BN=64, BK=32, GROUP=8),
+        942: _c(4, 2, BM=64, BN=64, BK=32, GROUP=8),
+    },
+    # From some thousand rows on, where nothing has to run beside it; without an activation or gate,
+    # for which no registers are left.
+    ("gemm_large", 2): {
+        0: _c(BM=32, BN=64, BK=64, GROUP=8),
+        80: _c(8, 3, BM=128, BN=128, BK=64, GROUP=8),
+        90: _c(8, 3, BM=128, BN=256, BK=64, GROUP=8),
+        120: _c(8, 3, BM=128, BN=128, BK=32, GROUP=8),
+        942: _c(8, 2, BM=128, BN=128, BK=64, GROUP=8),
+    },
+    ("gemm_large", 4): {
+        0: _c(BM=32, BN=64, BK=64, GROUP=8),
+        80: _c(4, 2, BM=64, BN=64, BK=32, GROUP=8),
+        942: _c(4, 2, BM=64, BN=64, BK=32, GROUP=8),
+    },
     ("gemm_modulations", 2): {
         0: _c(BM=32, BN=64, BK=64, GROUP=8),
         80: _c(8, 3, BM=128, BN=128, BK=64, GROUP=8),
@@ -85,14 +111,15 @@ _TABLE: dict[tuple[str, int], dict[int, Config]] = {
     },
     ("gemm_modulated", 4): {
         0: _c(BM=32, BN=64, BK=64, GROUP=8),
-        80: _c(4, 2, BM=64, BN=64, BK=32, GROUP=8),
+        80: _c(4, 2, BM=32, BN=64, BK=32, GROUP=8),  # twice as high it spills
+        90: _c(4, 2, BM=64, BN=64, BK=32, GROUP=8),
         942: _c(4, 2, BM=64, BN=64, BK=32, GROUP=8),
     },
     ("gemm_gated", 2): {
         0: _c(BM=32, BN=64, BK=64, GROUP=8),
         80: _c(4, 3, BM=64, BN=64, BK=64, GROUP=8),
         90: _c(8, 3, BM=64, BN=128, BK=64, GROUP=8),
-        100: _c(4, 3, BM=64, BN=128, BK=64, GROUP=8),
+        100: _c(4, 3, BM=64, BN=64, BK=64, GROUP=8),  # twice as wide it spills
         120: _c(4, 3, BM=64, BN=64, BK=64, GROUP=8),
         942: _c(4, 2, BM=64, BN=64, BK=64, GROUP=8),
     },
@@ -105,7 +132,7 @@ _TABLE: dict[tuple[str, int], dict[int, Config]] = {
     ("activate", 2): {0: _c(BM=32, BN=64), 80: _c(4, 1, BM=4, BN=1024)},
     ("activate", 4): {0: _c(BM=32, BN=64), 80: _c(4, 1, BM=4, BN=1024)},
     ("step", 2): {0: _c(BM=16, BN=64, BK=64), 80: _c(4, 3, BM=16, BN=128, BK=128)},
-    ("step", 4): {0: _c(BM=16, BN=64, BK=64), 80: _c(4, 2, BM=16, BN=64, BK=64)},
+    ("step", 4): {0: _c(BM=16, BN=64, BK=64), 80: _c(4, 2, BM=16, BN=64, BK=32)},
 }
 
 

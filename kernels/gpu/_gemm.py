@@ -138,8 +138,9 @@ def gemm_kernel(
 def gemm_config(kind: str, arch: int, element_size: int) -> Config:
     """Tiles of a kind of product.
 
-    kind: "linear" for many columns, "gated" for few (with or without a gate), "modulated" for a
-        normalised operand, "modulations" for what runs beside those two.
+    kind: "linear" for many columns or many rows, "narrow" for few; "modulated" for a normalised
+        operand and "gated" for a gate, "modulations" for what runs beside those two, "large" for
+        the same with many rows.
     """
     return config(f"gemm_{kind}", arch, element_size)
 

@@ -43,11 +43,11 @@ def transformer_block(arch: int, dtype: torch.dtype) -> None:
     width = 1280
     fc1, fc2 = _matrix(4 * width, width, dtype=dtype), _matrix(width, 4 * width, dtype=dtype)
     bias_F, bias_D = _matrix(4 * width, dtype=dtype), _matrix(width, dtype=dtype)
-    for rows, wide, narrow in ((640, "linear", "gated"), (32 * 640, *2 * ("modulations",))):
+    for rows, kind in ((640, "narrow"), (32 * 640, "linear")):
         x_ND, h_ND, out_ND = (_matrix(rows, width, dtype=dtype) for _ in range(3))
         h_NF = _matrix(rows, 4 * width, dtype=dtype)
-        gemm(h_ND, fc1, h_NF, arch=arch, kind=wide, bias_N=bias_F, activation="gelu")
-        gemm(h_NF, fc2, out_ND, arch=arch, kind=narrow, bias_N=bias_D, residual_MN=x_ND)
+        gemm(h_ND, fc1, h_NF, arch=arch, bias_N=bias_F, activation="gelu")
+        gemm(h_NF, fc2, out_ND, arch=arch, kind=kind, bias_N=bias_D, residual_MN=x_ND)
 
 
 def adaln_mlp_block(arch: int, dtype: torch.dtype) -> None:
@@ -146,7 +146,7 @@ LAUNCHES |= {
 
 
 def _denoise_loop(arch: int, dtype: torch.dtype) -> None:
-    """Three diffusion steps of FAR-H's head, batch 1, with and without guidance."""
+    """Three diffusion steps of FAR-H's head, batch 1 (with and without guidance) and 16."""
     from fastfar import FARConfig, backend
     from fastfar.head import DenoisingMLP
     from fastfar.ops import denoise_loop
@@ -159,13 +159,14 @@ def _denoise_loop(arch: int, dtype: torch.dtype) -> None:
     tokens, channels = config.num_tokens, config.token_dim
     with torch.no_grad(), backend.described_gpu(arch, facts):
         head = fold_head({name: _matrix(*x.shape) for name, x in shapes.items()}, dtype)
-        for halves in (1, 2):
+        for batch, halves in ((1, 1), (1, 2), (16, 2)):
+            rows = batch * tokens
             denoise_loop.implementations["triton"](
                 head,
-                _matrix(halves * tokens, config.width, dtype=dtype),
+                _matrix(halves * rows, config.width, dtype=dtype),
                 7,
-                _matrix(tokens, channels),
-                _matrix(3, tokens, channels),
+                _matrix(rows, channels),
+                _matrix(3, rows, channels),
                 guidance_scale=2.0,
                 temperature=1.0,
             )
