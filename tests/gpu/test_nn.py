@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from nn_cases import CASES, assert_right
 from tiny_run import TINY_MODEL, tiny_data, tiny_recipe
 from tolerances import relative
 
-from fastfar import backend
+from fastfar import FAR, FARConfig, backend, diffusion_loss
+from fastfar.ops import use_backend
 from fastfar.training import Trainer
+from fastfar.training.loss import sample_draws
 
+F32 = torch.float32
 LIMITS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
 
@@ -79,3 +83,32 @@ def test_apex(tmp_path: Path) -> None:
         assert fused.train_step() == pytest.approx(stock.train_step(), rel=1e-3)
     assert relative(flat(fused.model.parameters()), flat(stock.model.parameters())) < 1e-3
     assert_right("Block", torch.float32, 1e-4, "cuda", norm="apex")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_the_loss_under_autocast(compiled: bool) -> None:
+    """bfloat16 products: value and gradients near float32's, eager and compiled for CUDA."""
+    config = dataclasses.replace(FARConfig(**TINY_MODEL), dropout=0.0)
+    model = FAR(config).to("cuda")
+    torch.manual_seed(0)
+    with torch.no_grad():  # zero gates would hide most of the model
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape).to("cuda")
+    size = config.latent_size
+    latents = torch.randn(4, config.latent_channels, size, size).to("cuda")
+    labels = torch.arange(4, device="cuda") % config.num_classes
+    draws = sample_draws(config, 4, generator=torch.Generator().manual_seed(1))
+
+    def run(loss: Any, dtype: torch.dtype) -> tuple[float, torch.Tensor]:
+        model.zero_grad(set_to_none=True)
+        with use_backend("triton"), torch.autocast("cuda", dtype, enabled=dtype is not F32):
+            value = loss(model, latents, labels, draws)
+        value.backward()
+        return float(value), flat(p.grad for p in model.parameters() if p.grad is not None)
+
+    expected = run(diffusion_loss, F32)
+    loss = torch.compile(diffusion_loss, fullgraph=True) if compiled else diffusion_loss
+    found = run(loss, torch.bfloat16)
+    assert found[0] == pytest.approx(expected[0], rel=3e-2)
+    assert relative(found[1], expected[1]) < 8e-2
