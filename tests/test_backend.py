@@ -71,7 +71,7 @@ def test_auto_is_native_where_it_can_be_unless_the_variable_says_otherwise(
 def test_triton_asked_for_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_cuda_reason", lambda: None)
     monkeypatch.setattr(backend, "_package_reason", lambda _: None)
-    with pytest.raises(ValueError, match="not in torch.float64"):
+    with pytest.raises(ValueError, match="float16 or bfloat16, not in"):
         backend.resolve("triton", "cuda", torch.float64)
     monkeypatch.setattr(backend, "interpreting", lambda: False)
     with pytest.raises(ValueError, match="runs on a GPU, the model is on cpu"):

@@ -105,7 +105,7 @@ def test_the_loss_under_autocast(compiled: bool) -> None:
         with use_backend("triton"), torch.autocast("cuda", dtype, enabled=dtype is not F32):
             value = loss(model, latents, labels, draws)
         value.backward()
-        return float(value), flat(p.grad for p in model.parameters() if p.grad is not None)
+        return float(value.detach()), flat(p.grad for p in model.parameters() if p.grad is not None)
 
     expected = run(diffusion_loss, F32)
     loss = torch.compile(diffusion_loss, fullgraph=True) if compiled else diffusion_loss

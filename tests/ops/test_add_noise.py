@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import interpreter
 import pytest
 import torch
 from guarded import guarded, outputs
@@ -56,7 +57,7 @@ def test_rows_that_do_not_repeat(backend: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_triton(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    pytest.importorskip("triton")
+    interpreter.need()
     layers = 4 if dtype is torch.bfloat16 else 1  # the interpreter rounds to bfloat16 towards zero
     with use_backend("triton"):
         for layout in (Tensor.contiguous, with_gap, lambda x: x.t().contiguous().t()):
@@ -69,7 +70,7 @@ def test_triton(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
 
 
 def test_triton_with_two_dtypes_and_another_schedule() -> None:
-    pytest.importorskip("triton")
+    interpreter.need()
     x0, noise, timestep = inputs(5, 4, 3)
     x0, noise, timestep = x0.half(), noise.float(), timestep % 37
     with use_backend("triton"):
@@ -80,7 +81,7 @@ def test_triton_with_two_dtypes_and_another_schedule() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_triton_stays_inside_its_tensors(shape: tuple[int, int, int]) -> None:
-    pytest.importorskip("triton")
+    interpreter.need()
     from fastfar.kernels.gpu import add_noise as kernels
 
     x0, noise, timestep = (guarded(x) for x in inputs(*shape))
@@ -94,7 +95,7 @@ def test_triton_stays_inside_its_tensors(shape: tuple[int, int, int]) -> None:
 
 
 def test_triton_opcheck() -> None:
-    pytest.importorskip("triton")
+    interpreter.need()
     x0, noise, timestep = inputs(3, 4, 2)
     leaves = (x0.float().requires_grad_(), noise.float().requires_grad_())
     opcheck_of("add_noise_triton", *leaves, timestep, 1000)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import interpreter
 import pytest
 import torch
 from guarded import guarded, outputs
@@ -116,7 +117,7 @@ def test_kept_tokens(patch: int, count: int, backend: str, request: pytest.Fixtu
     if backend == "native":
         request.getfixturevalue("library")
     if backend == "triton":
-        pytest.importorskip("triton")
+        interpreter.need()
     level = torch.tensor([0, 3, 8, -1, 5])
     latent = torch.randn(5, 3, 6, 6, dtype=torch.float64)
     length = (6 // patch) ** 2
@@ -260,7 +261,7 @@ def test_native_bad_arguments(library: NativeLibrary) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size, patch", SIZES)
 def test_triton_values_and_gradients(size: int, patch: int, kind: str) -> None:
-    pytest.importorskip("triton")
+    interpreter.need()
     level = torch.tensor([-1, 0, 1, 11])
     latent = torch.randn(4, 3, size, size, dtype=torch.float64)
     options = {"patch_size": patch, "num_levels": LEVELS, "kind": kind}
@@ -271,7 +272,7 @@ def test_triton_values_and_gradients(size: int, patch: int, kind: str) -> None:
 
 @pytest.mark.parametrize("size, channels, patch", [(16, 17, 1), (20, 1, 4), (18, 3, 2)])
 def test_triton_in_half_precision_and_of_any_layout(size: int, channels: int, patch: int) -> None:
-    pytest.importorskip("triton")
+    interpreter.need()
     level = torch.tensor([11])
     latent = torch.randn(1, channels, size, size, dtype=torch.float64)
     args = (latent, level, mask_for(1, size, patch))
@@ -287,7 +288,7 @@ def test_triton_in_half_precision_and_of_any_layout(size: int, channels: int, pa
 def test_triton_stays_inside_its_tensors(
     channels: int, patch: int, kept: int | None, arch: int
 ) -> None:
-    pytest.importorskip("triton")
+    interpreter.need()
     from fastfar.kernels.gpu import filter_mask_patchify as kernels
 
     size, length = 20, (20 // patch) ** 2
@@ -315,7 +316,7 @@ def test_triton_stays_inside_its_tensors(
 
 
 def test_triton_special_levels_are_exact_and_strange_ones_are_safe() -> None:
-    pytest.importorskip("triton")
+    interpreter.need()
     from fastfar.kernels.gpu import filter_mask_patchify as kernels
 
     latent = torch.randn(5, 2, 6, 6)
@@ -340,7 +341,7 @@ def test_triton_special_levels_are_exact_and_strange_ones_are_safe() -> None:
 
 def test_triton_reads_inputs_of_any_strides() -> None:
     """A level for all images, a slice of an order, a latent that is a view of tokens."""
-    pytest.importorskip("triton")
+    interpreter.need()
     level = torch.tensor([3]).expand(4)
     kept = torch.stack([torch.randperm(36) for _ in range(4)])[:, 30:]
     latent = torch.randn(4, 36, 5).transpose(1, 2).unflatten(2, (6, 6))
@@ -354,7 +355,7 @@ def test_triton_reads_inputs_of_any_strides() -> None:
 
 
 def test_triton_follows_pytorch_s_rules_for_custom_ops() -> None:
-    pytest.importorskip("triton")
+    interpreter.need()
     level, mask, kept = torch.tensor([2, 3]), mask_for(2, 6, 2), torch.tensor([[1, 7], [0, 0]])
     options = (2, 8, "area_bicubic")
     name = "filter_mask_patchify_triton"
@@ -365,7 +366,7 @@ def test_triton_follows_pytorch_s_rules_for_custom_ops() -> None:
 
 
 def test_triton_leaves_double_precision_to_pytorch_and_checks_what_it_can_see() -> None:
-    pytest.importorskip("triton")
+    interpreter.need()
     latent, level = torch.randn(2, 2, 4, 4), torch.tensor([1, 2])
     options = {"patch_size": 1, "num_levels": 8}
     with use_backend("triton"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import interpreter
 import pytest
 import torch
 from guarded import guarded, outputs
@@ -80,7 +81,7 @@ def test_weights_and_targets_that_serve_several_rows(
     if backend == "native":
         request.getfixturevalue("library")
     if backend == "triton":
-        pytest.importorskip("triton")
+        interpreter.need()
     output, target, noise, noised, timestep = inputs(12, 5)
     weight = torch.rand(12, dtype=torch.float64) * (torch.arange(12) % 4 > 0)
 
@@ -200,7 +201,7 @@ def test_what_native_leaves_to_pytorch(library: NativeLibrary) -> None:
 @pytest.mark.parametrize("num_timesteps", [1000, 37, 1])
 @pytest.mark.parametrize("shape", [*SHAPES, (100, 17), (2, 200)], ids=str)
 def test_triton(shape: tuple[int, int], num_timesteps: int) -> None:
-    pytest.importorskip("triton")
+    interpreter.need()
     args = tuple(x.float() if x.is_floating_point() else x for x in inputs(*shape, num_timesteps))
     doubled = tuple(x.double() if x.is_floating_point() else x for x in args)
     weight = torch.rand(shape[0])
@@ -217,14 +218,14 @@ def test_triton(shape: tuple[int, int], num_timesteps: int) -> None:
 
 
 def test_triton_at_each_end_of_the_bins() -> None:
-    pytest.importorskip("triton")
+    interpreter.need()
     at_each_end_of_the_bins("triton")
 
 
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
 def test_triton_in_half_precision_with_targets_in_single(dtype: torch.dtype) -> None:
     """As under autocast: the head's output is rounded, the rest is not; and all of it rounded."""
-    pytest.importorskip("triton")
+    interpreter.need()
     output, *rest, timestep = inputs(40, 16)
     for rounding in (torch.float32, dtype):
         rounded = (output.to(dtype), *(x.to(rounding) for x in rest), timestep)
@@ -238,7 +239,7 @@ def test_triton_in_half_precision_with_targets_in_single(dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (70, 17), (2, 200)], ids=str)
 def test_triton_stays_inside_its_tensors(shape: tuple[int, int]) -> None:
-    pytest.importorskip("triton")
+    interpreter.need()
     from fastfar.kernels.gpu import hybrid_loss as kernels
 
     *tensors, timestep = inputs(*shape)
@@ -259,7 +260,7 @@ def test_triton_stays_inside_its_tensors(shape: tuple[int, int]) -> None:
 
 
 def test_triton_takes_a_timestep_that_is_out_of_range_for_the_nearest() -> None:
-    pytest.importorskip("triton")
+    interpreter.need()
     *tensors, timestep = (x.float() if x.is_floating_point() else x for x in inputs(6, 3))
     timestep[:] = torch.tensor([-5, 0, 999, 1000, 2**40, 7])
     with use_backend("triton"):
@@ -268,14 +269,14 @@ def test_triton_takes_a_timestep_that_is_out_of_range_for_the_nearest() -> None:
 
 
 def test_triton_opcheck() -> None:
-    pytest.importorskip("triton")
+    interpreter.need()
     output, *rest = (x.float() if x.is_floating_point() else x for x in inputs(3, 4))
     for weight in (None, torch.rand(3)):
         opcheck_of("hybrid_loss_triton", output.requires_grad_(), *rest, weight, 1000)
 
 
 def test_what_triton_leaves_to_pytorch_and_what_it_refuses() -> None:
-    pytest.importorskip("triton")
+    interpreter.need()
     output, target, *rest, timestep = inputs(4, 3)
     with use_backend("triton"):
         ours = hybrid_loss(output, target.requires_grad_(), *rest, timestep)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import interpreter
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastfar import reference
 from fastfar.ops import adaln_mlp_block
 
-pytest.importorskip("triton")
+interpreter.need()
 HALF = (torch.float16, torch.bfloat16)
 SHAPES = [(1, 8), (2, 5), (3, 33), (9, 40)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import interpreter
 import pytest
 import torch
 from formula import formula_tensor
@@ -16,7 +17,7 @@ from fastfar.head import DenoisingMLP
 from fastfar.ops import _denoise_triton, _schedule, denoise_loop
 from fastfar.ops._folded_head import FoldedHead, fold_head
 
-pytest.importorskip("triton")
+interpreter.need()
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 
 

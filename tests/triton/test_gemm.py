@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import interpreter
 import pytest
 import torch
 import torch.nn.functional as F
 from guarded import guarded, outputs
 from torch import Tensor
 
-pytest.importorskip("triton")
+interpreter.need()
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 # Architectures whose configurations differ; the interpreter runs any of them.
 ARCHS = pytest.mark.parametrize("arch", [80, 90, 942])

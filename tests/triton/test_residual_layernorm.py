@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import interpreter
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor
 from fastfar import reference
 from fastfar.ops import residual_layernorm
 
-pytest.importorskip("triton")
+interpreter.need()
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Widths that fill no block; rows that fill no tile.
 SHAPES = [(1, 1), (2, 5), (3, 192), (9, 8)]

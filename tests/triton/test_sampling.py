@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import interpreter
 import pytest
 import torch
 from formula import fill_by_formula
@@ -12,7 +13,7 @@ from tolerances import GOLDEN, relative
 
 from fastfar import FAR, SamplingPlan, sample_latents
 
-pytest.importorskip("triton")
+interpreter.need()
 
 
 @pytest.mark.parametrize("mode", ["nomask", "mask"])

@@ -6,6 +6,7 @@ import importlib
 from collections import Counter
 from typing import Any
 
+import interpreter
 import pytest
 import torch
 from tolerances import assert_close_to_reference, relative, with_gap
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastfar import reference
 from fastfar.ops import _gemm, transformer_block
 
-pytest.importorskip("triton")
+interpreter.need()
 HEADS = 3
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 
