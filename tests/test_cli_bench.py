@@ -80,7 +80,7 @@ def test_measurement(capsys: Captured, tmp_path: Path, tiny_preset: None) -> Non
         assert row["plan_mode"] == "changed: diffusion_steps, x0_range"
         assert row["median_s"] > 0 and row["p5_s"] <= row["p95_s"] and row["cold_start_s"] > 0
         assert row["stages_s"]["head"] > 0 and row["peak_flops_per_s"] > 0
-        assert row["torch"] == torch.__version__ and row["commit"] and "bench" in row["command"]
+        assert row["torch"] == torch.__version__ and row["commit"] and row["command"]
     assert json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
 
 

@@ -200,8 +200,8 @@ def test_cpp_tests_pass(tmp_path: Path) -> None:
 def test_cpp_tests_pass_with_sanitizers(tmp_path: Path) -> None:
     """No access outside a buffer, no undefined behaviour; warnings are errors.
 
-    Three sets are enough: avx512 computes as avx2 does, with the vectors of avx512_bf16, and no
-    sanitizer sees what the tile instructions, which are all that amx adds, read and write.
+    Two sets are enough: those between compute as avx512_bf16 does, with vectors that are as long
+    or half as long, and no sanitizer sees what amx's tile instructions read and write.
     """
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
@@ -216,7 +216,7 @@ def test_cpp_tests_pass_with_sanitizers(tmp_path: Path) -> None:
         tmp_path / "build",
         "-DFASTFAR_SANITIZE=address,undefined",
         "-DFASTFAR_WERROR=ON",
-        "-DFASTFAR_SETS=scalar;avx2;avx512_bf16",
+        "-DFASTFAR_SETS=scalar;avx512_bf16",
         "-DCMAKE_BUILD_TYPE=Debug",
         "-DCMAKE_CXX_FLAGS_DEBUG=-O1",
     )
