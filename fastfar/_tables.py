@@ -39,3 +39,9 @@ def lookup(
         return call
 
     return decorate
+
+
+def finish(device: torch.device) -> None:
+    """Wait for the work of the current stream of a GPU that is there; nothing elsewhere."""
+    if device.type == "cuda" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.current_stream(device).synchronize()

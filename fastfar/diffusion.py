@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -106,7 +106,7 @@ def step_coefficients(steps: int, num_timesteps: int = 1000) -> tuple[dict[str, 
     return tuple(dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
 
 
-@lru_cache(maxsize=64)
+@cache  # without a bound: what a CUDA graph points to must stay
 def device_table(
     columns: tuple[str, ...],
     steps: int,

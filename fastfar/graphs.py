@@ -61,6 +61,18 @@ def fingerprint(tensors: Iterable[Tensor]) -> tuple[int, ...]:
     return tuple(x.data_ptr() + (0 if x.is_inference() else x._version) for x in tensors)
 
 
+def refuse_inside_capture(device: torch.device) -> None:
+    """ValueError where a CUDA graph is being captured.
+
+    Asked before weights are prepared: what is made inside a capture is recorded, not computed.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise ValueError(
+            "a CUDA graph is being captured already, and sampling draws its noise on the host: "
+            "capture the model's forward, or call sample_latents outside of the capture"
+        )
+
+
 # --- what captures ---------------------------------------------------------------------------
 
 
@@ -109,6 +121,7 @@ class CudaCapturer:
 
     def _record(self, body: Body, side: torch.cuda.Stream, pool: Any) -> Body:
         graph = torch.cuda.CUDAGraph()
+        before = torch.cuda.current_stream()
         try:
             # Other threads may go on allocating and copying meanwhile.
             with torch.cuda.graph(
@@ -116,6 +129,7 @@ class CudaCapturer:
             ):
                 body()
         except RuntimeError as error:
+            torch.cuda.set_stream(before)  # a capture that fails leaves its own behind
             raise ValueError(
                 f"sampling could not be captured as a CUDA graph: {error}. Choose another "
                 "attention back end, or sample under fastfar.graphs.disabled()"
@@ -242,6 +256,7 @@ class Key:
     dtype: torch.dtype
     device: torch.device
     attention: tuple[object, ...]
+    float32_precision: str
     whole: bool
 
 
@@ -271,7 +286,8 @@ class GraphCache:
         """The graph of `step`; captured where there is none, or where weights have changed."""
         model = step.model
         device = model.fake_latent.device
-        key = Key(step.plan, batch, step.dtype, device, _attention(model), whole)
+        precision = torch.get_float32_matmul_precision()
+        key = Key(step.plan, batch, step.dtype, device, _attention(model), precision, whole)
         with self._lock:
             graphs = self._kept.setdefault(model, OrderedDict())
             graph = graphs.pop(key, None)
@@ -306,11 +322,7 @@ def sample(
     Raises:
         ValueError: outside CUDA, inside another capture, or where the steps cannot be captured.
     """
-    if step.model.fake_latent.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise ValueError(
-            "a CUDA graph is being captured already, and sampling draws its noise on the host: "
-            "capture the model's forward, or call sample_latents outside of the capture"
-        )
+    refuse_inside_capture(step.model.fake_latent.device)
     whole = on_level is None and fits_whole(step, len(labels_B))
     graph = (_cache if cache is None else cache).get(step, len(labels_B), whole)
     return graph.run(labels_B, noise, on_level)

@@ -13,7 +13,7 @@ Source: FAR, arXiv 2503.05305, section 3.2; FAR's published code for the resampl
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +71,7 @@ def filter_matrices(size: int, num_levels: int, kind: str = "area_bicubic") -> T
         return torch.stack(matrices)
 
 
-@lru_cache(maxsize=64)
+@cache  # without a bound: what a CUDA graph points to must stay
 def filter_table(
     size: int, num_levels: int, kind: str, device: torch.device, dtype: torch.dtype
 ) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastfar import backend as backends
 from fastfar import graphs, reference
+from fastfar._tables import finish
 from fastfar.graphs import OnLevel, fingerprint
 from fastfar.model import FAR
 from fastfar.noise import CheckedNoise, NoiseSource, draws, seeded_noise
@@ -75,6 +76,7 @@ def sample_latents(
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {DTYPES}, got {dtype}")
     device = _device(model)
+    graphs.refuse_inside_capture(device)
     name = backends.resolve(backend, device, dtype, native_reason(model.config))
     if isinstance(model, PreparedFAR):
         dtype = _check_prepared(model, name, dtype)
@@ -82,7 +84,8 @@ def sample_latents(
         dtype = backends.best_dtype(name, device)
     shape = (len(labels_B), model.config.num_tokens, model.config.token_dim)
     noise = seeded_noise(generator, *shape) if noise is None else CheckedNoise(noise, *shape)
-    with torch.inference_mode():
+    # The compute dtype is `dtype`, whatever autocast would do around this call.
+    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
         if name == "reference":
             copied, _ = _prepared(model, name, dtype)
             return _sample_reference(copied, labels_B.to(device), plan, noise, on_level)
@@ -203,6 +206,7 @@ def _prepared(
             head = copied.head_weights
             if backend == "triton" and dtype in FOLDED_DTYPES:
                 head = fold_head(model.head_weights, dtype)  # as they are: rounded once
+            finish(_device(model))  # other threads read them on streams of their own
             kept = _copies[model] = _Copy(made_for, None if fit else copied, head)
     return model if kept.model is None else kept.model, kept.head
 

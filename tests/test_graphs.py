@@ -10,6 +10,7 @@ import copy
 import gc
 import io
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +23,9 @@ from torch import Tensor
 import fastfar
 from fastfar import FAR, SamplingPlan, SeededNoise, graphs, pipeline
 from fastfar.graphs import GraphCache
+from fastfar.levels import filter_table
 from fastfar.noise import CheckedNoise, NoiseSource
-from fastfar.ops import use_backend
+from fastfar.ops import _denoise_triton, use_backend
 from fastfar.outer_step import OuterStep
 
 SHORT = SamplingPlan.official("nomask", diffusion_steps=2).with_changes(
@@ -321,3 +323,15 @@ def test_a_pipeline_that_nobody_listens_to_needs_no_graph_by_level(
     pipe.set_progress_bar_config(disable=False, file=io.StringIO())
     pipe(1, output_type="latent")
     assert [listener is None for listener in listeners] == [True, False, False]
+
+
+def test_tables_that_a_graph_points_to_are_never_dropped() -> None:
+    """A replay does not look them up again, so no cache may forget them."""
+    device = torch.device("cpu")
+    table = weakref.ref(_denoise_triton._device_update_table(2, 1000, 0.5, device))
+    matrices = weakref.ref(filter_table(4, 3, "area_bicubic", device, torch.float32))
+    for i in range(100):
+        _denoise_triton._device_update_table(2, 1000, 1.0 + i, device)
+        filter_table(4, 4 + i, "area_bicubic", device, torch.float32)
+    gc.collect()
+    assert table() is not None and matrices() is not None

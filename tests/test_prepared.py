@@ -125,7 +125,7 @@ def test_it_gives_z_outside_sampling_too(prepared: PreparedFAR) -> None:
             "inside sampling only",
         ),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_needs_the_original_weights_is_refused(
     prepared: PreparedFAR, action: Callable[[FAR], object], what: str

@@ -134,7 +134,9 @@ def alternate(
             if turn > 0:
                 variant.times.setdefault(batch, []).append(seconds)
             if device.type == "cuda":
-                variant.memory[batch] = torch.cuda.max_memory_allocated(device)
+                # The largest of all turns: a replay alone does not show what its capture holds.
+                peak = max(variant.memory.get(batch, 0), torch.cuda.max_memory_allocated(device))
+                variant.memory[batch] = peak
     return drawing
 
 

@@ -1,7 +1,11 @@
-"""Which back end of attention serves a call: the one asked for, or by "auto" the first that can.
+"""Which back end of attention serves a call: the one asked for, or by "auto" PyTorch's choice.
+
+"auto" is "sdpa": it needs no package, can be captured and takes every request; at FAR's 320
+positions it picks its flash kernel for half precision, and nothing faster is known. (Holding it to
+"sdpa_flash" would set flags of the whole process, which other threads see.)
 
 What is asked for and cannot be served is a ValueError that says why; it is never replaced by
-another in silence. What "auto" takes is logged once with its reason (FASTFAR_LOG=1).
+another in silence. What "auto" takes is logged once (FASTFAR_LOG=1).
 """
 
 from __future__ import annotations
@@ -18,10 +22,6 @@ from fastfar import backend
 from fastfar.ops._attention_backends import BACKENDS, AttentionBackend, AttentionRequest
 
 REGISTRY = {each.name: each for each in BACKENDS}
-# Within its limits PyTorch's flash kernel is the safe choice on a GPU: no package, safe to capture,
-# and at FAR's 320 positions nothing faster is known. On a CPU, PyTorch chooses.
-AUTO = {"cuda": ("sdpa_flash", "sdpa")}
-
 _log = logging.getLogger("fastfar")
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -108,13 +108,7 @@ def choose(
             return REGISTRY[name], source
         usable = ", ".join(each for each in REGISTRY if reason(each, request) is None)
         _refuse(f"{source}={name!r} cannot be used: {why_not}. For this call: auto, {usable}")
-    refused = ""
-    for candidate in AUTO.get(request.device, ("sdpa",)):
-        why_not = reason(candidate, request)
-        if why_not is None:
-            return REGISTRY[candidate], "auto" + refused
-        refused += f"; not {candidate}: {why_not}"
-    raise AssertionError("sdpa takes everything")
+    return REGISTRY["sdpa"], "auto"
 
 
 @functools.lru_cache(maxsize=1024)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -72,11 +72,11 @@ def _step(
     )  # fmt: skip
 
 
-@lru_cache(maxsize=64)
+@cache
 def _device_update_table(
     steps: int, num_timesteps: int, temperature: float, device: torch.device
 ) -> Tensor:
-    """`update_table` on a device. Shared and cached: do not write to it."""
+    """`update_table` on a device. Shared: do not write to it. Never dropped: graphs point to it."""
     with torch.inference_mode(False):
         return update_table(steps, num_timesteps, temperature).to(device)
 

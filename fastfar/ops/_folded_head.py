@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastfar._tables import finish
 from fastfar.diffusion import diffusion_tables, timestep_embedding
 
 # Read by the kernels in the compute dtype; everything else in float32.
@@ -55,13 +56,19 @@ class FoldedHead(Mapping[str, Tensor]):
         """(T, w) float32 of the respaced timesteps, in the order of sampling (most noise first)."""
         key = (steps, num_timesteps)
         if key not in self._times:
-            weight = self["time_embed.0.weight"]
-            timesteps = diffusion_tables(steps, num_timesteps).timestep.flip(0).to(weight.device)
-            features = timestep_embedding(timesteps, weight.shape[1])
-            hidden = F.silu(F.linear(features, weight, self["time_embed.0.bias"]))
-            weight, bias = self["time_embed.2.weight"], self["time_embed.2.bias"]
-            self._times[key] = F.linear(hidden, weight, bias).contiguous()
+            device = self["time_embed.0.weight"].device
+            with torch.autocast(device.type, enabled=False):
+                self._times[key] = self._time_embedding(steps, num_timesteps)
+            finish(device)  # for threads that read it on streams of their own
         return self._times[key]
+
+    def _time_embedding(self, steps: int, num_timesteps: int) -> Tensor:
+        weight = self["time_embed.0.weight"]
+        timesteps = diffusion_tables(steps, num_timesteps).timestep.flip(0).to(weight.device)
+        features = timestep_embedding(timesteps, weight.shape[1])
+        hidden = F.silu(F.linear(features, weight, self["time_embed.0.bias"]))
+        weight, bias = self["time_embed.2.weight"], self["time_embed.2.bias"]
+        return F.linear(hidden, weight, bias).contiguous()
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ other one of two buffers. The order is data, so that a test can look for hazards
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -66,6 +67,18 @@ def schedule(steps: int, chunk: int, branches: int = 1) -> list[Item]:
     return items
 
 
+_own = threading.local()
+
+
+def _chain_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of high priority of this thread: one that is being captured is nobody else's."""
+    streams: dict[torch.device, torch.cuda.Stream] = _own.__dict__.setdefault("streams", {})
+    if device not in streams:
+        stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        streams[device] = stream
+    return streams[device]
+
+
 def run(items: Sequence[Item], execute: Callable[[Item], None], device: torch.device) -> None:
     """Execute all entries on the current stream, or with two branches on this and another one.
 
@@ -78,7 +91,7 @@ def run(items: Sequence[Item], execute: Callable[[Item], None], device: torch.de
             execute(item)
         return
     main = torch.cuda.current_stream(device)
-    chain = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+    chain = _chain_stream(main.device)
     streams = (chain, main)
     chain.wait_stream(main)
     awaited = {position for item in items for position in item.after}

@@ -91,7 +91,7 @@ _TABLE: dict[tuple[str, int], dict[int, Config]] = {
     },
     ("gemm_modulations", 2): {
         0: _c(BM=32, BN=64, BK=64, GROUP=8),
-        80: _c(8, 3, BM=128, BN=128, BK=64, GROUP=8),
+        80: _c(8, 3, BM=128, BN=128, BK=32, GROUP=8),
         90: _c(8, 4, BM=128, BN=128, BK=64, GROUP=8),
         120: _c(8, 3, BM=128, BN=128, BK=32, GROUP=8),
         942: _c(8, 2, BM=128, BN=128, BK=64, GROUP=8),

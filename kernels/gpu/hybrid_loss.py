@@ -37,7 +37,7 @@ def _cdf(z):
 @triton.jit
 def _log(p, slope):
     """log max(p, 1e-12) and its derivative, from that of p."""
-    limited = tl.maximum(p, 1e-12)
+    limited = tl.maximum(p, 1e-12, propagate_nan=tl.PropagateNan.ALL)
     return tl.log(limited), tl.where(p < 1e-12, 0.0, slope / limited)
 
 
