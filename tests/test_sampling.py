@@ -125,6 +125,20 @@ def test_dropout_is_off_even_in_train_mode(tiny_model: FAR) -> None:
     assert tiny_model.training
 
 
+def test_autocast_around_the_call_changes_nothing(tiny_model: FAR) -> None:
+    """The compute dtype is the argument's: float32 is parity mode wherever it is asked for."""
+    plan = SamplingPlan.official("nomask", diffusion_steps=2).with_changes(x0_range=(-3.0, 3.0))
+
+    def sample() -> Tensor:
+        return sample_latents(
+            tiny_model, [1], plan, generator=0, backend="torch", dtype=torch.float32
+        )
+
+    expected = sample()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sample(), expected)
+
+
 def test_guidance_one_skips_the_unconditional_half(tiny_model: FAR) -> None:
     rows: list[int] = []
     tiny_model.z_proj_ln.register_forward_hook(lambda m, args, out: rows.append(len(out)))
