@@ -15,20 +15,18 @@ That is (3 d + 1) w + 2P numbers a row, w - 2P fewer than as published, for the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastfar._tables import finish
-from fastfar.diffusion import diffusion_tables, timestep_embedding
+from fastfar.ops._head_weights import TIME_LAYERS, HeadWeights
 
 # Read by the kernels in the compute dtype; everything else in float32.
 _OPERANDS = ("cond_embed", "modulations", "input_proj", "final", "fc1", "fc2")
 
 
-class FoldedHead(Mapping[str, Tensor]):
+class FoldedHead(HeadWeights):
     """Folded parameters of one denoising MLP.
 
     Attributes:
@@ -37,38 +35,8 @@ class FoldedHead(Mapping[str, Tensor]):
     """
 
     def __init__(self, tensors: dict[str, Tensor], depth: int) -> None:
-        self._tensors = tensors
-        self._times: dict[tuple[int, int], Tensor] = {}
-        self.compute_dtype = tensors["modulations.weight"].dtype
-        self.width, self.channels = tensors["input_proj.weight"].shape
-        self.depth = depth
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    def time_embedding(self, steps: int, num_timesteps: int) -> Tensor:
-        """(T, w) float32 of the respaced timesteps, in the order of sampling (most noise first)."""
-        key = (steps, num_timesteps)
-        if key not in self._times:
-            device = self["time_embed.0.weight"].device
-            with torch.autocast(device.type, enabled=False):
-                self._times[key] = self._time_embedding(steps, num_timesteps)
-            finish(device)  # for threads that read it on streams of their own
-        return self._times[key]
-
-    def _time_embedding(self, steps: int, num_timesteps: int) -> Tensor:
-        weight = self["time_embed.0.weight"]
-        timesteps = diffusion_tables(steps, num_timesteps).timestep.flip(0).to(weight.device)
-        features = timestep_embedding(timesteps, weight.shape[1])
-        hidden = F.silu(F.linear(features, weight, self["time_embed.0.bias"]))
-        weight, bias = self["time_embed.2.weight"], self["time_embed.2.bias"]
-        return F.linear(hidden, weight, bias).contiguous()
+        super().__init__(tensors, tensors["modulations.weight"].dtype, depth)
+        self.channels = tensors["input_proj.weight"].shape[1]
 
 
 @torch.no_grad()
@@ -111,9 +79,8 @@ def fold_head(head: Mapping[str, Tensor], dtype: torch.dtype) -> FoldedHead:
         "input_proj.weight": read("input_proj.weight"),
         "input_proj.bias": read("input_proj.bias"),
     }
-    for layer in ("0", "2"):
-        for part in ("weight", "bias"):
-            tensors[f"time_embed.{layer}.{part}"] = read(f"time_embed.mlp.{layer}.{part}")
+    for name in TIME_LAYERS:
+        tensors |= {f"{name}.{part}": read(f"{name}.{part}") for part in ("weight", "bias")}
 
     def rounded(name: str, x: Tensor) -> Tensor:
         operand = name.endswith(".weight") and name.split(".")[-2] in _OPERANDS

@@ -17,21 +17,19 @@ beforehand: W_f (xhat (1 + scale) + W_h y + b_h) = W_f (xhat (1 + scale)) + (W_f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastfar.diffusion import diffusion_tables, timestep_embedding
+from fastfar.ops._head_weights import TIME_LAYERS, HeadWeights
 from fastfar.packing import pack
 
 TILE = 16  # rows of a turn of shifts and scales; eps and v start at multiples of it
 PANEL = 32  # outputs of a panel, rows of the other turns
-_TIME = ("time_embed.mlp.0", "time_embed.mlp.2")
 
 
-class PackedHead(Mapping[str, Tensor]):
+class PackedHead(HeadWeights):
     """Packed parameters of one denoising MLP: "weights", "vectors" and the time embedding's.
 
     Attributes:
@@ -47,35 +45,9 @@ class PackedHead(Mapping[str, Tensor]):
         channels: int,
         condition_width: int,
     ) -> None:
-        self._tensors = tensors
-        self._times: dict[tuple[int, int], Tensor] = {}
-        self.compute_dtype = compute_dtype
-        self.width = len(tensors["time_embed.mlp.2.bias"])
-        self.depth = depth
+        super().__init__(tensors, compute_dtype, depth)
         self.channels = channels
         self.condition_width = condition_width
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    def time_embedding(self, steps: int, num_timesteps: int) -> Tensor:
-        """(T, w) float32 of the respaced timesteps, in the order of sampling (most noise first)."""
-        key = (steps, num_timesteps)
-        if key not in self._times:
-            timesteps = diffusion_tables(steps, num_timesteps).timestep.flip(0)
-            first, second = _TIME
-            hidden = F.linear(
-                timestep_embedding(timesteps), self[f"{first}.weight"], self[f"{first}.bias"]
-            )
-            time = F.linear(F.silu(hidden), self[f"{second}.weight"], self[f"{second}.bias"])
-            self._times[key] = time.contiguous()
-        return self._times[key]
 
 
 def pack_head(head: Mapping[str, Tensor], dtype: torch.dtype) -> PackedHead:
@@ -128,7 +100,7 @@ def pack_head(head: Mapping[str, Tensor], dtype: torch.dtype) -> PackedHead:
     weights += [pack(scale, dtype), pack(_in_turns(output, output @ shift, PANEL), dtype)]
     vectors += [_pad(1.0 + scale_bias), _pad(output_bias)]
     tensors = {"weights": torch.cat(weights), "vectors": torch.cat(vectors)}
-    for name in _TIME:
+    for name in TIME_LAYERS:
         tensors |= {f"{name}.{part}": read(f"{name}.{part}").clone() for part in ("weight", "bias")}
     return PackedHead(tensors, dtype, depth, channels, condition.shape[1])
 
