@@ -1,7 +1,8 @@
 """Build of fastfar: the Python package, and the native CPU library where it can be built.
 
 Everything static is in pyproject.toml. Here: the package list, which maps `kernels/gpu` to
-`fastfar.kernels.gpu` (a top-level module `kernels` would collide with Hugging Face's), and CMake.
+`fastfar.kernels.gpu` (a top-level module `kernels` would collide with Hugging Face's) and
+`benchmarks/cases` to `fastfar.bench.cases`, and CMake.
 Without a working compiler the wheel is pure Python and the build says so;
 FASTFAR_REQUIRE_NATIVE=1 makes that an error; CMAKE_ARGS holds further options for CMake.
 """
@@ -109,9 +110,11 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+MAPPED = {"fastfar.kernels.gpu": "kernels/gpu", "fastfar.bench.cases": "benchmarks/cases"}
+
 setup(
-    packages=[*find_packages(include=["fastfar", "fastfar.*"]), "fastfar.kernels.gpu"],
-    package_dir={"fastfar.kernels.gpu": "kernels/gpu"},
+    packages=[*find_packages(include=["fastfar", "fastfar.*"]), *MAPPED],
+    package_dir=MAPPED,
     ext_modules=[Extension("fastfar.lib.fastfar_cpu", sources=[])],
     cmdclass={"build_ext": BuildNative, "build_py": BuildPython, "bdist_wheel": Wheel},
     setup_requires=build_requirements(),

@@ -13,19 +13,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
 
 import torch
-from rows import RESULTS, append, environment, quantiles
 from torch import Tensor
 
 from fastfar import FAR, diffusion_loss, reference
+from fastfar.bench import peak, rows, tables
+from fastfar.bench.rows import Row
+from fastfar.bench.timing import Contender, Timer, alternate
 from fastfar.ops import use_backend
 from fastfar.training import EMA, Recipe, TrainingDraws, sample_draws
-from fastfar.training.loop import _adamw
+from fastfar.training.optimizer import make_optimizer
 
+RESULTS = Path(__file__).parent / "results"
 FACTOR, FLOOR = 2.0, 1e-3
 BASELINE = "reference + compile"
 PATHS = ("reference", BASELINE, "torch", "torch + compile", "native", "native + compile")
@@ -109,36 +113,32 @@ def run(loss: Callable[[], Tensor]) -> None:
     value.backward()  # type: ignore[no-untyped-call]
 
 
-def gates(step: Step, paths: dict[str, Callable[[], Tensor]]) -> dict[str, tuple[float, bool]]:
-    """Relative error of each path's gradient, and whether it is small enough. Also warms up."""
+def contend(step: Step, paths: dict[str, Callable[[], Tensor]]) -> list[Contender]:
+    """The paths with the relative error of their gradient and what is allowed, warmed up."""
     step.reference_loss(torch.float64).backward()  # type: ignore[no-untyped-call]
-    truth, errors = step.gradient(), {}
+    truth, contenders = step.gradient(), []
     for name, loss in paths.items():
-        for _ in range(2):  # the second run is the compiled one where shapes became dynamic
-            step.model.zero_grad()
-            run(loss)
-        errors[name] = float((step.gradient() - truth).norm() / truth.norm())
-    limit = FACTOR * errors["reference"] + FLOOR if "reference" in errors else 0.05
-    return {name: (error, error <= limit) for name, error in errors.items()}
 
-
-def measure(
-    step: Step, paths: dict[str, Callable[[], Tensor]], repeats: int
-) -> dict[str, list[float]]:
-    """Seconds of every run; the paths take turns."""
-    times: dict[str, list[float]] = {name: [] for name in paths}
-    for _ in range(repeats):
-        for name, loss in paths.items():
+        def seconds(loss: Callable[[], Tensor] = loss) -> float:
             step.model.zero_grad()
             start = time.perf_counter()
             run(loss)
-            times[name].append(time.perf_counter() - start)
-    return times
+            return time.perf_counter() - start
+
+        contender = Contender(name, torch.bfloat16, lambda: None, timer=Timer("wall", seconds))
+        contender.cold_s = seconds()
+        seconds()  # the second run is the compiled one where shapes became dynamic
+        contender.error = float((step.gradient() - truth).norm() / truth.norm())
+        contenders.append(contender)
+    plain = next((each.error for each in contenders if each.name == "reference"), None)
+    for contender in contenders:
+        contender.limit = 0.05 if plain is None else FACTOR * plain + FLOOR
+    return contenders
 
 
 def optimiser_seconds(step: Step, repeats: int) -> float:
     """Median of clipping, AdamW and EMA, which all paths share."""
-    optimizer, ema = _adamw(step.model, step.recipe), EMA(step.model, 0.999)
+    optimizer, ema = make_optimizer(step.model, step.recipe), EMA(step.model, 0.999)
     times = []
     for _ in range(repeats + 1):
         for p in step.model.parameters():
@@ -148,8 +148,7 @@ def optimiser_seconds(step: Step, repeats: int) -> float:
         optimizer.step()
         ema.update(step.model)
         times.append(time.perf_counter() - start)
-    median: float = quantiles(times[1:])["median_s"]
-    return median
+    return statistics.median(times[1:])
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -164,50 +163,67 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def row_of(contender: Contender, options: argparse.Namespace, batch: int, shared: float) -> Row:
+    """Of one path; `shared` seconds of the optimiser come on top in all of them."""
+    return Row(
+        op="training_step",
+        subject=f"{options.recipe}/{contender.name}",
+        title=f"training step of {options.recipe}, {contender.name}",
+        model=options.recipe,
+        form=contender.name,
+        mode="as published" if contender.name == "reference" else "exact",
+        dtype="bfloat16",
+        batch=batch,
+        shape=f"{options.masked:g} of the tokens masked",
+        samples_s=tuple(sample.seconds for sample in contender.samples),
+        peak_flops_per_s=tuple(sample.peak for sample in contender.samples),
+        peak_kind=peak.kind(torch.bfloat16),
+        cold_s=contender.cold_s,
+        error=contender.error,
+        error_limit=contender.limit,
+        gate_note="gradient against the float64 reference, twice the error under autocast",
+        run=options.run,
+        environment=rows.environment(),
+        extra={"optimiser_s": shared},
+    )
+
+
+def table(found: Sequence[Row]) -> tables.Table:
+    """Milliseconds of the paths, and how many times as fast as the compiled reference."""
+    base = next((row for row in found if row.form == BASELINE), None)
+    lines = []
+    for row in found:
+        figures = rows.quantiles(row.samples_s)
+        ratio = None if base is None else base.median_s / row.median_s
+        told = tables.times(ratio) if row.gate == "green" else "red: wrong gradient"
+        spread = f"{tables.duration(figures['p10_s'])} to {tables.duration(figures['p90_s'])}"
+        lines.append(
+            (row.form, tables.duration(row.median_s), spread, f"{row.error:.1e}", told)
+        )
+    header = ("path", "median", "p10 to p90", "error", f"over {BASELINE}")
+    return tables.Table("Training step", header, tuple(lines))
+
+
 def main() -> None:
     options = parse()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    options.run = f"training-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}"
     recipe = Recipe.load(options.recipe)
     batch = options.batch or recipe.batch_size
     step = Step(recipe, batch, options.masked)
     paths = {name: loss for name, loss in step.paths().items() if name in options.paths}
-    states = gates(step, paths)
-    times = measure(step, paths, options.repeats)
-    here, shared = environment(), optimiser_seconds(step, options.repeats)
-    print(f"{options.recipe}: batch {batch} x {recipe.batch_multiplier}; {here['cpu']}, "
-          f"{here['threads']} threads, torch {here['torch']}, {here['commit']}; "
-          f"optimiser and EMA {1e3 * shared:.0f} ms more")
-    print(f"{'path':<20} {'median ms':>9} {'p10':>7} {'p90':>7} {'error':>8}  over {BASELINE}")
-    rows: list[dict[str, Any]] = []
-    base = quantiles(times[BASELINE])["median_s"] if BASELINE in times else None
-    for name in paths:
-        figures, (error, good) = quantiles(times[name]), states[name]
-        ratio = base / figures["median_s"] if base is not None and good else None
-        told = "-" if base is None else "gate is red: wrong gradient"
-        print(f"{name:<20} {1e3 * figures['median_s']:>9.1f} {1e3 * figures['p10_s']:>7.1f} "
-              f"{1e3 * figures['p90_s']:>7.1f} {error:>8.1e}  "
-              f"{told if ratio is None else f'{ratio:.2f} x'}")
-        rows.append({
-            "op": "training_step",
-            "model": options.recipe,
-            "backend": name,
-            "dtype": "bfloat16 autocast",
-            "shape": f"batch {batch}, multiplier {recipe.batch_multiplier}",
-            "batch": batch,
-            **figures,
-            "images_per_s": batch / figures["median_s"],
-            "speed_up_over": {BASELINE: ratio} if ratio is not None else None,
-            "error": error,
-            "gate": "green" if good else "red",
-            "optimiser_s": shared,
-            "masked": options.masked,
-            **here,
-        })
+    contenders = contend(step, paths)
+    alternate(contenders, options.repeats)
+    shared = optimiser_seconds(step, options.repeats)
+    found = [row_of(each, options, batch, shared) for each in contenders]
+    print(f"{options.recipe}: batch {batch} x {recipe.batch_multiplier}, {torch.get_num_threads()} "
+          f"threads; optimiser and EMA {tables.duration(shared)} more")
+    print(tables.as_text(table(found)))
     if options.save:
         path = RESULTS / "training.jsonl"
-        append(path, rows)
-        print(f"{len(rows)} rows added to {path}")
+        rows.append(path, found)
+        print(f"{len(found)} rows added to {path}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Which back ends, instruction sets and optional packages there are, and why others are off.
 
 The only file that probes hardware, looks for optional packages (in its part `_packages.py`) or
-reads environment variables.
+reads environment variables; `_memory.py` is its part that asks for free memory.
 What is asked for and cannot be served is a ValueError that says why; only "auto" chooses.
 
 FASTFAR_BACKEND         auto, reference, torch, native, triton: what backend="auto" means
@@ -30,6 +30,7 @@ from typing import Any
 import torch
 
 from fastfar import _native
+from fastfar._memory import available_memory as available_memory
 from fastfar._packages import cuda_reason as _cuda_reason
 from fastfar._packages import optional_packages as optional_packages
 from fastfar._packages import package_reason as _package_reason

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastfar import backend as backends
+from fastfar import graphs
 from fastfar._weights import skeleton
 from fastfar.ops import use_backend
 from fastfar.ops._convolution import can_pack, pack_convolution
@@ -29,7 +30,8 @@ def decode_latents(
     """Images in [-1, 1] of FAR's latents: `tokenizer.to_images` on a back end.
 
     The first call for a KL-VAE in another dtype than its own, or on the native back end, makes a
-    copy of its decoder (channels-last, on the native back end packed), which is kept.
+    copy of its decoder (channels-last, on the native back end packed), which is kept. So does the
+    first one on Triton for a KL-VAE whose weights are not channels-last.
 
     Args:
         tokenizer: of the model that made the latents.
@@ -50,7 +52,72 @@ def decode_latents(
     if isinstance(tokenizer, KLVAE):
         tokenizer = _prepared(tokenizer, name, dtype)
     with use_backend(name), annotate("decode"):
+        if name == "triton" and isinstance(tokenizer, KLVAE) and _in_graph(latents_BCHW):
+            return _graph_of(tokenizer, latents_BCHW)(latents_BCHW)
         return tokenizer.to_images(latents_BCHW)
+
+
+# --- CUDA graphs -----------------------------------------------------------------------------
+
+MAX_GRAPH_BATCH = 8  # images; more keep a GPU busy without a graph, and its memory would be held
+
+
+def _in_graph(latents_BCHW: Tensor) -> bool:
+    """Whether decoding is one graph: the host takes longer for its 150 launches than the GPU."""
+    device = latents_BCHW.device
+    if not graphs.wanted(device) or not 0 < len(latents_BCHW) <= MAX_GRAPH_BATCH:
+        return False
+    return not torch.cuda.is_current_stream_capturing()
+
+
+class DecodeGraph:
+    """Decoding of one shape of latents, captured, with its buffers."""
+
+    def __init__(self, vae: KLVAE, latents_BCHW: Tensor, capturer: graphs.Capturer) -> None:
+        self.fingerprint = _fingerprint(vae)
+        self._capturer = capturer
+        self._running = threading.Lock()
+        self._latents_BCHW = latents_BCHW.clone()
+        self._images_BCHW = latents_BCHW.new_empty(0)
+
+        def body() -> None:
+            self._images_BCHW = vae.to_images(self._latents_BCHW)
+
+        (self._replay,) = capturer.capture([body])
+
+    def __call__(self, latents_BCHW: Tensor) -> Tensor:
+        """Images, a tensor of their own."""
+        with self._running, self._capturer.in_turn():
+            self._latents_BCHW.copy_(latents_BCHW)
+            self._replay()
+            return self._images_BCHW.clone()
+
+
+# The last graph of each VAE, and what it is for; made by one thread at a time.
+_graphs: weakref.WeakKeyDictionary[KLVAE, tuple[tuple[object, ...], DecodeGraph]] = (
+    weakref.WeakKeyDictionary()
+)
+_capturing = threading.Lock()
+
+
+def _graph_of(vae: KLVAE, latents_BCHW: Tensor) -> DecodeGraph:
+    """The graph that decodes latents of this shape; captured where there is none, or an old one."""
+    key = (latents_BCHW.shape, latents_BCHW.dtype, latents_BCHW.device)
+    with _capturing:
+        kept = _graphs.get(vae)
+        if kept is not None and kept[0] == key and kept[1].fingerprint == _fingerprint(vae):
+            return kept[1]
+        _graphs.pop(vae, None)  # free the old one's memory first
+        graph = DecodeGraph(vae, latents_BCHW, graphs.CudaCapturer(latents_BCHW.device))
+        _graphs[vae] = key, graph
+        return graph
+
+
+def _fingerprint(vae: KLVAE) -> tuple[int, ...]:
+    return graphs.fingerprint(vae.parameters())
+
+
+# --- copies ----------------------------------------------------------------------------------
 
 
 # vae -> (native or not, dtype, fingerprint of its weights, copy made for them); one is kept.
@@ -64,12 +131,12 @@ def _prepared(vae: KLVAE, backend: str, dtype: torch.dtype) -> KLVAE:
     """The VAE as `backend` decodes with it in `dtype`: itself if that is what it is, or a copy."""
     native = backend == "native" and can_pack(dtype)
     weights = {key: p for key, p in vae.named_parameters() if key.startswith(_DECODER)}
-    if not native and all(p.dtype is dtype for p in weights.values()):
+    fit = all(p.dtype is dtype for p in weights.values())
+    if backend == "triton":  # else cuDNN would turn the weights around in every call
+        fit = fit and all(map(_is_channels_last, weights.values()))
+    if fit and not native:
         return vae
-    # Tensors made in inference mode count no versions.
-    fingerprint = tuple(
-        p.data_ptr() + (0 if p.is_inference() else p._version) for p in weights.values()
-    )
+    fingerprint = graphs.fingerprint(weights.values())
     with _copying:
         kept = _copies.get(vae)
         if kept is not None and kept[:3] == (native, dtype, fingerprint):
@@ -78,6 +145,10 @@ def _prepared(vae: KLVAE, backend: str, dtype: torch.dtype) -> KLVAE:
         copied = _decoder_only(vae, weights, dtype, native)
         _copies[vae] = (native, dtype, fingerprint, copied)
         return copied
+
+
+def _is_channels_last(weight: Tensor) -> bool:
+    return weight.ndim != 4 or weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def _decoder_only(

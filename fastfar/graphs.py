@@ -6,17 +6,17 @@ order, and all noise, drawn ahead on the host.
 
 One graph holds all outer steps. Where `on_level` is given, or where the noise of all steps would
 take more than `MAX_NOISE_BYTES`, there is one graph per outer step; they share memory and buffers.
-Decoding is not in a graph: the tokenizer is another model with a life of its own, and its few large
-convolutions keep a GPU busy without one.
+Decoding is another graph (fastfar/decoding.py): the tokenizer is a model with a life of its own.
 """
 
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -130,6 +130,7 @@ class CudaCapturer:
                 body()
         except RuntimeError as error:
             torch.cuda.set_stream(before)  # a capture that fails leaves its own behind
+            _end_capture(side)
             raise ValueError(
                 f"sampling could not be captured as a CUDA graph: {error}. Choose another "
                 "attention back end, or sample under fastfar.graphs.disabled()"
@@ -150,6 +151,14 @@ class CudaCapturer:
             yield
         finally:
             self._done.record(stream)
+
+
+def _end_capture(side: torch.cuda.Stream) -> None:
+    """An empty capture: only one that succeeds gives the default generator back to eager code."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=side):
+            pass
 
 
 # --- what is captured ------------------------------------------------------------------------
@@ -186,6 +195,7 @@ class ImageGraph:
         self._inputs = Inputs(labels_B, torch.arange(batch, device=device), order_BL)
         self._latent_BCHH = torch.zeros(step.latent_shape(batch), dtype=dtype, device=device)
         shapes = [step.noise_shape(k, batch) for k in range(len(plan))]
+        self._ahead = fits_whole(step, batch)  # all of it on the host at once
         if whole:
             self._noise = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
             self._initial = [torch.zeros_like(noise_TNP[0]) for noise_TNP in self._noise]
@@ -225,15 +235,16 @@ class ImageGraph:
         fill(self._inputs.classes_C, labels_B)
         if self._inputs.order_BL is not None:
             fill(self._inputs.order_BL, noise.order())
-        drawn = draws(noise, self._plan.diffusion_steps, ahead=self.whole)
-        for k, (initial_NP, noise_TNP) in enumerate(drawn):
-            fill(self._initial[k], initial_NP)
-            fill(self._noise[k], noise_TNP)
-            if not self.whole:
-                with annotate("graph of outer step", k):
-                    self._replays[k]()
-                if on_level is not None:
-                    on_level(k, self._latent_BCHH.clone())
+        pinned = self._latent_BCHH.is_cuda
+        with closing(draws(noise, self._plan.diffusion_steps, self._ahead, pinned)) as drawn:
+            for k, (initial_NP, noise_TNP) in enumerate(drawn):
+                fill(self._initial[k], initial_NP)
+                fill(self._noise[k], noise_TNP)
+                if not self.whole:
+                    with annotate("graph of outer step", k):
+                        self._replays[k]()
+                    if on_level is not None:
+                        on_level(k, self._latent_BCHH.clone())
         if self.whole:
             with annotate("graph"):
                 self._replays[0]()

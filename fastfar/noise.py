@@ -6,13 +6,18 @@ it from buffers that were filled ahead.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+import math
+import os
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+FEW = 2**16  # numbers: drawn by now where a thread would only have been started
 
 
 class NoiseSource(Protocol):
@@ -101,6 +106,7 @@ class SeededNoise:
     def __init__(self, keys: Sequence[tuple[int, int]], num_tokens: int, token_dim: int) -> None:
         self._keys = [(seed % 2**64, image % 2**64) for seed, image in keys]
         self._shape = (num_tokens, token_dim)
+        self._pinned = False
 
     def _generator(self, key: tuple[int, int], stream: int) -> np.random.Generator:
         counter = np.array([0, 0, 0, stream], dtype=np.uint64)
@@ -109,12 +115,26 @@ class SeededNoise:
         )
 
     def _draw(self, stream: int, count: int) -> Tensor:
-        shape = (count, *self._shape)
-        noise_TBLP = np.empty((count, len(self._keys), *self._shape), dtype=np.float32)
+        shape = (count, len(self._keys), *self._shape)
+        noise_TBLP = torch.empty(shape, dtype=torch.float32, pin_memory=self._pinned)
         for image, key in enumerate(self._keys):
             generator = self._generator(key, stream)
-            noise_TBLP[:, image] = generator.standard_normal(shape, dtype=np.float32)
-        return torch.from_numpy(noise_TBLP).flatten(1, 2)
+            part_TLP = noise_TBLP[:, image]
+            # In place and in as few pieces as lie together; a stream is the same in any pieces.
+            for piece in [part_TLP] if part_TLP.is_contiguous() else part_TLP:
+                generator.standard_normal(dtype=np.float32, out=piece.numpy())
+        return noise_TBLP.flatten(1, 2)
+
+    @property
+    def numbers(self) -> int:
+        """N P, of one diffusion step of all images."""
+        return len(self._keys) * math.prod(self._shape)
+
+    def pinned(self) -> SeededNoise:
+        """The same noise, drawn into page-locked memory: a GPU copies it while others work."""
+        other = copy.copy(self)
+        other._pinned = True
+        return other
 
     def initial(self, step: int) -> Tensor:
         return self._draw(2 * step + 1, 1)[0]
@@ -205,21 +225,53 @@ def seeded_noise(
 
 
 def draws(
-    noise: NoiseSource, diffusion_steps: Sequence[int], ahead: bool = False
-) -> Iterator[tuple[Tensor, Tensor]]:
+    noise: NoiseSource,
+    diffusion_steps: Sequence[int],
+    ahead: bool = False,
+    pinned: bool = False,
+) -> Generator[tuple[Tensor, Tensor], None, None]:
     """(initial(k), steps(k, T_k)) of every outer step k in turn.
 
-    ahead: seeded noise is drawn for all outer steps at once, on PyTorch's number of threads, so
-        that nobody waits for the host. Other sources are asked step by step, by this thread.
+    Args:
+        noise: what is asked.
+        diffusion_steps: T_k.
+        ahead: seeded noise is drawn for all outer steps at once, by a thread each as far as there
+            are cores, the first ones first. Other sources are asked step by step, by this thread.
+        pinned: seeded noise lies in page-locked memory (which needs a GPU).
+
+    Whatever drawing raises is raised at its outer step. Closing the generator waits for the threads
+    that are drawing, and no others start.
     """
+    source = noise.source if isinstance(noise, CheckedNoise) else noise
+    if pinned and type(source) is SeededNoise:  # one of a subclass may not be copied
+        noise = _with_source(noise, source.pinned())
 
     def draw(k: int) -> tuple[Tensor, Tensor]:
         return noise.initial(k), noise.steps(k, diffusion_steps[k])
 
-    threads = min(torch.get_num_threads(), len(diffusion_steps))
-    source = noise.source if isinstance(noise, CheckedNoise) else noise
-    if ahead and threads > 1 and isinstance(source, SeededNoise):
+    count = len(diffusion_steps)
+    threads = min(_cores(), count)
+    seeded = source.numbers if isinstance(source, SeededNoise) else 0
+    if ahead and threads > 1 and seeded * (sum(diffusion_steps) + count) > FEW:
+        # A pool of its own: it costs less than a millisecond, and no thread outlives it, so that
+        # a process may fork between two runs.
         with ThreadPoolExecutor(threads) as pool:
-            yield from pool.map(draw, range(len(diffusion_steps)))
+            yield from pool.map(draw, range(count))
     else:
-        yield from map(draw, range(len(diffusion_steps)))
+        yield from map(draw, range(count))
+
+
+def _with_source(noise: NoiseSource, source: SeededNoise) -> NoiseSource:
+    """`source`, checked as `noise` is."""
+    if not isinstance(noise, CheckedNoise):
+        return source
+    other = copy.copy(noise)
+    other.source = source
+    return other
+
+
+def _cores() -> int:
+    """Cores that this process may run on; more of them than PyTorch's threads, as a rule."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

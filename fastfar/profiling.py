@@ -1,6 +1,6 @@
 """Named ranges for profilers: NVTX for Nsight, and the same names in PyTorch's Chrome trace.
 
-Off unless `ranges` or `trace` is entered; then `annotate` costs one look at a global. Names:
+Off unless `ranges`, `heard_by` or `trace` is entered; off, `annotate` costs two looks. Names:
 "outer step k", inside it "encoder", "decoder" and "level i" with "head" (training: "head" alone),
 and "decode" for the tokenizer. A CUDA graph replays kernels without ranges: its replay is one
 range, "graph" (or "graph of outer step k"); to see inside, sample under `graphs.disabled()`.
@@ -9,8 +9,8 @@ range, "graph" (or "graph of outer step k"); to see inside, sample under `graphs
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -18,8 +18,11 @@ import torch
 from fastfar import backend
 from fastfar._files import atomic_write
 
+Listener = Callable[[str], AbstractContextManager[object]]
+
 _users = 0  # of `ranges`, in all threads
 _counting = threading.Lock()
+_listeners: tuple[Listener, ...] = ()
 
 
 _OFF = nullcontext()  # one object for all calls
@@ -30,7 +33,8 @@ def annotate(name: str, number: int | None = None) -> AbstractContextManager[Non
 
     Nothing at all while ranges are off, and in code that torch.compile traces.
     """
-    if not _users or torch.compiler.is_compiling():
+    # In this order: compiled code that had seen the count would be compiled again when it changes.
+    if torch.compiler.is_compiling() or not _users:
         return _OFF
     return _range(name if number is None else f"{name} {number}")
 
@@ -38,16 +42,14 @@ def annotate(name: str, number: int | None = None) -> AbstractContextManager[Non
 @contextmanager
 def _range(name: str) -> Iterator[None]:
     nvtx = backend.nvtx()
-    with torch.profiler.record_function(name):
-        if nvtx is None:
-            yield
-            return
-        push, pop = nvtx
-        push(name)
-        try:
-            yield
-        finally:
-            pop()
+    with torch.profiler.record_function(name), ExitStack() as stack:
+        if nvtx is not None:
+            push, pop = nvtx
+            push(name)
+            stack.callback(pop)
+        for listener in _listeners:
+            stack.enter_context(listener(name))
+        yield
 
 
 @contextmanager
@@ -61,6 +63,20 @@ def ranges() -> Iterator[None]:
     finally:
         with _counting:
             _users -= 1
+
+
+@contextmanager
+def heard_by(listener: Listener) -> Iterator[None]:
+    """`ranges`, and each range that is opened inside also enters `listener(name)`: to time it."""
+    global _listeners
+    with ranges():
+        with _counting:
+            _listeners = (*_listeners, listener)
+        try:
+            yield
+        finally:
+            with _counting:
+                _listeners = tuple(each for each in _listeners if each is not listener)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch
 from command import Captured, fails
 from tolerances import relative
 
-from fastfar import cli, config
+from fastfar import baselines, cli, config
+from fastfar.bench import far, rows, subjects
+from fastfar.bench.far import FARSubject
 from fastfar.cli import bench as bench_command
 from fastfar.config import FARConfig
-from fastfar.costs import gpus, image, measure, published, rows, variants
+from fastfar.costs import gpus, image, published
 from fastfar.sampling import sample_latents
 
 CPU = torch.device("cpu")
@@ -55,7 +58,7 @@ def test_prediction(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     found = json.loads(bench(capsys, *arguments, "--json"))
     assert found["expected"] is True and found["gpu"]["name"] == "h100"
     (bar,) = [bar for bar in found["bars"] if bar["name"] == "image"]
-    assert bar["target"] == "<= 20 ms" and bar["reached"] == (found["seconds"] <= 0.020)
+    assert bar["target"] == "<= 20.0 ms" and bar["reached"] == (found["seconds"] <= 0.020)
     assert found["launches_per_step"] <= 8
     assert found["published"]["launches_per_step"] > 10 * found["launches_per_step"]
     assert found["reference_flops"] == pytest.approx(9.9e12, rel=0.01)
@@ -67,20 +70,23 @@ def test_measurement(capsys: Captured, tmp_path: Path, tiny_preset: None) -> Non
     path, trace = tmp_path / "rows" / "x.jsonl", tmp_path / "trace.json"
     arguments = ["--preset", "demo", "--diffusion-steps", "2", "--repeats", "1", "--batch", "1",
                  "2", "--backends", "reference", "torch", "--dtype", "float32"]  # fmt: skip
-    out = bench(capsys, *arguments, "--save", str(path), "--trace", str(trace))
-    assert "latency of one image" in out and "throughput, 2 images" in out
-    assert out.count(" x\n") == 4 and "red" not in out
-    assert "encoder" in out and "TFLOP/s" in out and "4 rows added" in out
-    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert [(row["backend"], row["batch"]) for row in found] == [
+    assert cli.main(["bench", *arguments, "--save", str(path), "--trace", str(trace)]) == 0
+    out, told = capsys.readouterr()
+    assert "one image" in out and "several images" in out and "red" not in out
+    assert "where the time goes" in out and "4 rows in" in out
+    assert "2 subjects, each called once and then 1 times in turn: about" in told
+    found = rows.read(path)
+    assert [(row.form, row.batch) for row in found] == [
         ("reference", 1), ("torch", 1), ("reference", 2), ("torch", 2)
     ]  # fmt: skip
     for row in found:
-        assert row["mode"] == "parity" and row["gate"] == "green"
-        assert row["plan_mode"] == "changed: diffusion_steps, x0_range"
-        assert row["median_s"] > 0 and row["p5_s"] <= row["p95_s"] and row["cold_start_s"] > 0
-        assert row["stages_s"]["head"] > 0 and row["peak_flops_per_s"] > 0
-        assert row["torch"] == torch.__version__ and row["commit"] and row["command"]
+        assert row.mode == "parity" and row.gate == "green" and row.random_weights
+        assert row.plan_mode == "changed: diffusion_steps, x0_range" and row.plan_name == "T=2"
+        assert row.samples_s[0] == row.tokens_samples_s[0] + row.decode_samples_s[0] > 0
+        assert len(row.peak_flops_per_s) == 1 and row.share_of_peak is not None
+        assert row.environment["torch"] == torch.__version__ and row.environment["command"]
+        if row.batch == 1:
+            assert row.stages_s["head"] > 0 and row.cold_s is not None and row.cold_s > 0
     assert json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
 
 
@@ -88,7 +94,7 @@ def test_measurement_as_data(capsys: Captured, tiny_preset: None) -> None:
     arguments = ["--preset", "demo", "--diffusion-steps", "1", "--repeats", "1"]
     out = bench(capsys, *arguments, "--dtype", "float32", "--backends", "torch", "--json")
     (row,) = json.loads(out)
-    assert row["backend"] == "torch" and row["speed_up_over"] == {}
+    assert row["form"] == "torch" and row["gate"] == "green" and row["median_s"] > 0
 
 
 def test_a_wrong_result_gets_no_ratio(
@@ -98,12 +104,12 @@ def test_a_wrong_result_gets_no_ratio(
         shift = 0.0 if kwargs["backend"] == "reference" else 1.0
         return sample_latents(*args, **kwargs) + shift
 
-    monkeypatch.setattr(variants, "sample_latents", wrong)
+    monkeypatch.setattr(far, "sample_latents", wrong)
     arguments = ["bench", "--preset", "demo", "--diffusion-steps", "1", "--repeats", "1",
                  "--backends", "reference", "torch"]  # fmt: skip
     assert cli.main(arguments) == 1
-    out = capsys.readouterr().out
-    assert "gate is red: wrong result" in out and out.count(" x\n") == 1
+    out, told = capsys.readouterr()
+    assert "red: wrong result" in out and " x " not in out and "THE GATE IS RED" in told
 
 
 def test_paths_that_cannot_run_say_why(capsys: Captured, tiny_preset: None) -> None:
@@ -115,18 +121,23 @@ def test_paths_that_cannot_run_say_why(capsys: Captured, tiny_preset: None) -> N
 def test_compiled_path(tiny_preset: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its loop is the published one; what the compiler makes of it is the gate's business."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    subject = variants.subject("demo", None, CPU, diffusion_steps=3)
-    labels_B, noise = torch.tensor([1, 4]), measure.drawn(subject, 2)
-    compiled = variants.Compiled(subject, torch.float32)
-    truth = sample_latents(subject.model, labels_B, subject.plan, noise, backend="reference")
-    assert relative(compiled(labels_B, noise), truth) < 1e-4
+    weights = far.load("demo")
+    plan = weights.official().with_changes(diffusion_steps=3)
+    compiled = FARSubject(weights, "compile", torch.float32, plan)
+    labels_B, noise = torch.tensor([1, 4]), compiled.draw(2)
+    truth = sample_latents(weights.model, labels_B, plan, noise, backend="reference")
+    assert relative(compiled.run(labels_B, noise), truth) < 1e-4
+    with pytest.raises(ValueError, match="knows no masks"):
+        FARSubject(weights, "compile", torch.float32, weights.official("mask"))
 
 
 def test_the_parser_knows_all_names() -> None:
     """It has copies, as --help does not import PyTorch."""
     assert tuple(gpus.GPUS) == bench_command._GPUS
-    assert variants.NAMES == bench_command._VARIANTS
+    assert far.FORMS == bench_command._FORMS
     assert sorted(config.PRESETS) == sorted(bench_command._PRESETS)
+    for name in (*far.FORMS, *config.PRESETS, *baselines.NAMES, *baselines.FORMS):
+        assert re.search(rf"\b{name}\b", bench_command._EPILOG), name
 
 
 def test_errors(capsys: Captured) -> None:
@@ -143,15 +154,11 @@ def test_errors(capsys: Captured) -> None:
     if not torch.cuda.is_available():
         assert "cannot be used" in fails(capsys, "bench", "--device", "cuda")
     with pytest.raises(ValueError, match="allowed: reference, autocast, torch"):
-        variants.chosen(["magic"], CPU, None)
-
-
-def test_rows_are_appended_at_once(tmp_path: Path) -> None:
-    path = tmp_path / "a" / "x.jsonl"
-    for _ in range(2):
-        rows.append(path, [{"a": 1}, {"b": 2}])
-    assert path.read_text(encoding="utf-8") == '{"a": 1}\n{"b": 2}\n' * 2
-    assert rows.quantiles([4.0])["p95_s"] == 4.0
-    figures = rows.quantiles([float(i) for i in range(21)])
-    assert (figures["p5_s"], figures["median_s"], figures["p95_s"]) == (1.0, 10.0, 19.0)
-    assert rows.environment()["gpu"] is None
+        subjects.far_recipes(None, ["magic"], CPU, subjects.Choice())
+    message = fails(capsys, "bench", "magic")
+    assert "'magic'" in message and "table3" in message
+    assert "takes no file" in fails(capsys, "bench", "latency", "x.jsonl")
+    assert "--save FILE" in fails(capsys, "bench", "--resume")
+    assert "leave --preset" in fails(capsys, "bench", "--subjects", "demo", "--preset", "demo")
+    assert "own subjects" in fails(capsys, "bench", "table3", "--preset", "demo")
+    assert "one image at a time" in fails(capsys, "bench", "table3", "--batch", "2")

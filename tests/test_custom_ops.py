@@ -14,8 +14,14 @@ from torch.utils._pytree import tree_map
 from fastfar._native import NativeLibrary
 from fastfar.nn import DiffLoss
 
-# What only compiled code calls as ops.
+# What only compiled code calls as ops, and what modules of fastfar.nn do not.
+_X_BSC, _VECTOR = torch.randn(1, 4, 6), torch.ones(6)
 SAMPLES: dict[str, tuple[Any, Any]] = {
+    "groupnorm_silu": (
+        (_X_BSC, _VECTOR, _VECTOR, torch.zeros(2, 1, 2, 1), torch.zeros(1, 4, 6), 1e-6, True),
+        {},
+    ),
+    "convolution_residual": ((torch.zeros(4, 6), _VECTOR, _X_BSC[0]), {}),
     "filter_of_level": ((torch.tensor([2, -1]), 4, 6, "area_bicubic", torch.float32), {}),
     "timestep_coefficients": ((torch.tensor([3, 999]), "signal sigma", 1000, torch.float32), {}),
 }

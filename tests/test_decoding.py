@@ -10,10 +10,11 @@ import pytest
 import torch
 from conftest import Golden
 from formula import formula_tensor
+from recorder import RecordingCapturer
 from tolerances import FACTOR, FLOOR, relative
 from torch import Tensor
 
-from fastfar import decoding
+from fastfar import decoding, graphs
 from fastfar._native import NativeLibrary
 from fastfar._weights import skeleton
 from fastfar.decoding import decode_latents
@@ -126,3 +127,31 @@ def test_errors(vae: KLVAE) -> None:
         decode_latents(vae, latents(), "nothing")
     with pytest.raises(ValueError, match=r"\(B, 6, H, W\)"):
         decode_latents(vae, torch.zeros(1, 3, 4, 4), "torch")
+
+
+def test_a_graph_decodes_what_lies_in_its_buffer(
+    vae: KLVAE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a recorder in CUDA's place: own results, one capture a shape, a new one for weights."""
+    made: list[RecordingCapturer] = []
+
+    def capturer(device: torch.device) -> RecordingCapturer:
+        made.append(RecordingCapturer(device))
+        return made[-1]
+
+    monkeypatch.setattr(graphs, "CudaCapturer", capturer)
+    monkeypatch.setattr(graphs, "wanted", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    first, second = latents(), latents()
+    with torch.inference_mode():
+        expected = [vae.to_images(x) for x in (first, second)]
+        ours = [decoding._graph_of(vae, x)(x) for x in (first, second)]
+        for one, other in zip(ours, expected, strict=True):
+            torch.testing.assert_close(one, other)
+        assert len(made) == 1
+        vae.decoder.conv_out.weight.mul_(0.5)
+        torch.testing.assert_close(decoding._graph_of(vae, first)(first), vae.to_images(first))
+        decoding._graph_of(vae, first[:1])
+    assert len(made) == 3
+    assert decoding._in_graph(first)
+    assert not decoding._in_graph(first.repeat(decoding.MAX_GRAPH_BATCH, 1, 1, 1))

@@ -22,6 +22,7 @@ from torch import Tensor
 
 import fastfar
 from fastfar import FAR, SamplingPlan, SeededNoise, graphs, pipeline
+from fastfar import noise as noises
 from fastfar.graphs import GraphCache
 from fastfar.levels import filter_table
 from fastfar.noise import CheckedNoise, NoiseSource
@@ -269,7 +270,8 @@ def test_noise_is_drawn_by_threads(
 ) -> None:
     """Seeded noise is; a user's source is asked in order, by the thread that samples."""
     alone = captures.sample(tiny_model, [1], SHORT, 3)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(noises, "FEW", 0)
+    monkeypatch.setattr(noises, "_cores", lambda: 3)
     asked: list[tuple[int, int]] = []
 
     class Watched(SeededNoise):
@@ -281,6 +283,14 @@ def test_noise_is_drawn_by_threads(
     noise = Watched([(3, 0)], config.num_tokens, config.token_dim)
     assert torch.equal(captures.sample(tiny_model, [1], SHORT, noise=noise), alone)
     assert threading.get_ident() not in {thread for _, thread in asked}
+    captures.sample(tiny_model, [1], SHORT, on_level=lambda k, x: None, noise=noise)
+    assert threading.get_ident() not in {thread for _, thread in asked}
+    monkeypatch.setattr(graphs, "MAX_NOISE_BYTES", 1)  # more than what the host is to hold
+    asked.clear()
+    fresh = Captures()
+    fresh.sample(tiny_model, [1], SHORT, on_level=lambda k, x: None, noise=noise)
+    assert asked == [(k, threading.get_ident()) for k in range(len(SHORT))]
+    monkeypatch.undo()
     asked.clear()
 
     class Foreign:

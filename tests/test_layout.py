@@ -2,7 +2,7 @@
 
 The naming law: choose an op's name once. Device code is `kernels/<device>/<name>.*`, its meaning
 `fastfar/ops/<name>.py`, its truth the function `<name>` of `fastfar.reference`, its proof
-`tests/ops/test_<name>.py`, its price one `Case("<name>")` in `benchmarks/cases.py`.
+`tests/ops/test_<name>.py`, its price one `Case("<name>")` in `benchmarks/cases/`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fastfar"
 CPU = ROOT / "kernels" / "cpu"
 GPU = ROOT / "kernels" / "gpu"
+CASES = ROOT / "benchmarks" / "cases"
 
 # Frozen: scripts outside this repository call these names.
 PUBLIC = {
@@ -43,8 +44,8 @@ ALSO_PUBLIC = {"PixelTokenizer", "SeededNoise", "__version__"}
 
 # Imports run one way: a module imports from its own layer and from those above it in this list.
 LAYERS: tuple[set[str], ...] = (
-    {"_version", "_files", "_native", "_packages", "_tables", "_weights", "backend", "config"}
-    | {"kernels", "packing", "profiling"},
+    {"_version", "_files", "_memory", "_native", "_packages", "_tables", "_weights", "backend"}
+    | {"config", "kernels", "packing", "profiling"},
     {"data", "diagonal_gaussian", "diffusion", "levels", "noise", "plan"},
     {"ops"},
     {"head", "diffloss", "transformer", "nn", "kl_vae", "tokenizer", "model", "prepared"}
@@ -52,9 +53,10 @@ LAYERS: tuple[set[str], ...] = (
     {"decoding", "sampling", "outer_step", "graphs", "training", "baselines"},
     {"pipeline", "pictures"},
     {"evaluation", "costs"},
+    {"bench"},
     {"cli", "__main__"},
 )
-USES_REFERENCE = ("sampling", "ops", "evaluation", "costs", "cli")
+USES_REFERENCE = ("sampling", "ops", "evaluation", "costs", "bench", "cli")
 LAYER = {module: index for index, layer in enumerate(LAYERS) for module in layer}
 
 NOT_OPS = {"isa", "table", "threads"}  # sources of kernels/cpu that belong to all kernels
@@ -117,10 +119,9 @@ def test_an_op_has_one_name_everywhere(name: str) -> None:
     parameters = [p for p in parameters if p not in ("dropout", "implementation", "attention")]
     assert parameters == list(inspect.signature(truth).parameters), "not its reference's signature"
     assert (ROOT / "tests" / "ops" / f"test_{name}.py").is_file(), f"no tests/ops/test_{name}.py"
-    cases = ROOT / "benchmarks" / "cases.py"
-    assert cases.is_file(), "no benchmarks/cases.py"
     pattern = rf'\bCase\(\s*(?:name=|op=)?"{name}"'
-    assert re.search(pattern, cases.read_text(encoding="utf-8")), f'no Case("{name}")'
+    files = [path for path in python_files(CASES) if re.search(pattern, path.read_text("utf-8"))]
+    assert len(files) == 1, f'Case("{name}") belongs into one file of {relative(CASES)}: {files}'
 
 
 def test_every_kernel_test_and_case_belongs_to_an_op() -> None:
@@ -128,6 +129,8 @@ def test_every_kernel_test_and_case_belongs_to_an_op() -> None:
     assert kernel_names() <= ops, "device code without fastfar/ops/<name>.py"
     tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests/ops").glob("test_*.py")}
     assert tests <= ops, f"tests of ops that are not there: {sorted(tests - ops)}"
+    cases = set(importlib.import_module("fastfar.bench.cases").CASES)
+    assert cases <= ops, f"cases of ops that are not there: {sorted(cases - ops)}"
 
 
 def test_cmake_lists_the_kernels_of_the_folder() -> None:

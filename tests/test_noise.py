@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
+import threading
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from fastfar.noise import CheckedNoise, SeededNoise, TensorNoise, seeded_noise
+from fastfar import noise as noises
+from fastfar.noise import CheckedNoise, SeededNoise, TensorNoise, draws, seeded_noise
 
 L, P = 9, 4
 
@@ -139,3 +143,121 @@ def test_checked_noise() -> None:
             CheckedNoise(tensor_noise(order=order), 1, L, P).order()
     with pytest.raises(ValueError, match=r"order\(\) has shape"):
         CheckedNoise(tensor_noise(order=torch.arange(L)), 1, L, P).order()
+
+
+# --- drawn ahead -----------------------------------------------------------------------------
+
+COUNTS = (3, 1, 4, 2)
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few numbers are drawn by threads, too, and there are cores for three."""
+    monkeypatch.setattr(noises, "FEW", 0)
+    monkeypatch.setattr(noises, "_cores", lambda: 3)
+
+
+def equal(ours: list[tuple[Tensor, Tensor]], noise: SeededNoise) -> bool:
+    expected = [(noise.initial(k), noise.steps(k, count)) for k, count in enumerate(COUNTS)]
+    pairs = zip(ours, expected, strict=True)
+    return all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in pairs)
+
+
+def test_values_are_those_of_one_stream(threads: None) -> None:
+    """Drawn in place, in pieces, by threads or not: an image's numbers are NumPy's in one go."""
+    noise = source((3, 2), (9, 9))
+    key, counter = np.array([9, 9], np.uint64), np.array([0, 0, 0, 2 * 2 + 2], np.uint64)
+    stream = np.random.Generator(np.random.Philox(key=key, counter=counter))
+    whole = torch.from_numpy(stream.standard_normal((4, L, P), dtype=np.float32))
+    assert torch.equal(noise.steps(2, 4)[:, L:], whole)
+    assert torch.equal(source((9, 9)).steps(2, 4), whole)
+    for each in (noise, CheckedNoise(noise, 2, L, P)):
+        for ahead in (False, True):
+            assert equal(list(draws(each, COUNTS, ahead)), noise)
+
+
+def test_no_more_threads_than_cores_or_outer_steps(
+    threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Watched(SeededNoise):
+        used: set[int]
+
+        def initial(self, step: int) -> Tensor:
+            self.used.add(threading.get_ident())
+            return super().initial(step)
+
+    def used(cores: int, counts: tuple[int, ...]) -> set[int]:
+        monkeypatch.setattr(noises, "_cores", lambda: cores)
+        noise = Watched([(1, 1)], L, P)
+        noise.used = set()
+        before = threading.active_count()
+        assert len(list(draws(noise, counts, ahead=True))) == len(counts)
+        assert threading.active_count() == before, "none is left"
+        return noise.used
+
+    here = threading.get_ident()
+    assert here not in used(3, COUNTS) and len(used(3, COUNTS)) <= 3
+    assert here not in used(8, (1, 1)) and len(used(8, (1, 1))) <= 2
+    assert used(1, COUNTS) == {here} and used(8, (1,)) == {here}
+    monkeypatch.setattr(noises, "FEW", L * P * (sum(COUNTS) + len(COUNTS)))
+    assert used(8, COUNTS) == {here}, "not worth a thread"
+
+
+def test_what_a_thread_raises_arrives_in_its_turn(threads: None) -> None:
+    class Failing(SeededNoise):
+        def steps(self, step: int, count: int) -> Tensor:
+            if step == 2:
+                raise MemoryError("of outer step 2")
+            return super().steps(step, count)
+
+    drawn = draws(Failing([(1, 1)], L, P), COUNTS, ahead=True)
+    before = [next(drawn), next(drawn)]
+    with pytest.raises(MemoryError, match="of outer step 2"):
+        next(drawn)
+    assert torch.equal(before[1][1], source((1, 1)).steps(1, COUNTS[1]))
+    wrong = CheckedNoise(source((1, 1)), 2, L, P)
+    with pytest.raises(ValueError, match=r"initial\(0\) has shape"):
+        list(draws(wrong, COUNTS, ahead=True))
+
+
+def test_the_first_outer_step_does_not_wait_for_the_rest(threads: None) -> None:
+    """And closing the generator starts no more of them."""
+    go, asked = threading.Event(), []
+
+    class Slow(SeededNoise):
+        def initial(self, step: int) -> Tensor:
+            asked.append(step)
+            assert step == 0 or go.wait(60)
+            return super().initial(step)
+
+    drawn = draws(Slow([(1, 1)], L, P), tuple(range(1, 9)), ahead=True)
+    assert torch.equal(next(drawn)[0], source((1, 1)).initial(0))
+    threading.Timer(0.1, go.set).start()
+    drawn.close()
+    assert set(asked) <= set(range(4)), "three were being drawn at most"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_between_two_runs(threads: None) -> None:
+    noise = source((3, 2), (9, 9))
+    drawn = draws(noise, COUNTS, ahead=True)
+    next(drawn)
+    drawn.close()
+    child = os.fork()
+    if child == 0:
+        try:
+            os._exit(0 if equal(list(draws(noise, COUNTS, ahead=True)), noise) else 1)
+        finally:
+            os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
+    assert equal(list(draws(noise, COUNTS, ahead=True)), noise)
+
+
+@pytest.mark.gpu
+def test_pinned(threads: None) -> None:
+    noise = source((3, 2), (9, 9))
+    checked = CheckedNoise(noise, 2, L, P)
+    ours = list(draws(checked, COUNTS, ahead=True, pinned=True))
+    assert equal(ours, noise) and all(x.is_pinned() for pair in ours for x in pair)
+    assert checked.source is noise and not noise.initial(0).is_pinned()

@@ -21,6 +21,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD_FILES = ("pyproject.toml", "setup.py", "CMakeLists.txt", "MANIFEST.in", "LICENSE")
+CASES = "benchmarks/cases"  # installed as fastfar/bench/cases
 LIBRARY = "fastfar/lib/libfastfar_cpu." + ("dylib" if sys.platform == "darwin" else "so")
 
 needs_compiler = pytest.mark.skipif(
@@ -33,10 +34,12 @@ _INSPECT = """
 import importlib.util, json, sys
 import fastfar.kernels.gpu
 from fastfar import _native
+from fastfar.bench import cases
 library = None if _native.reason() else _native.load().instruction_sets()["scalar"] is None
 print(json.dumps({
     "package": fastfar.__path__[0],
     "gpu": fastfar.kernels.gpu.__file__,
+    "cases": cases.__file__,
     "native": library,
     "reason": _native.reason(),
 }))
@@ -80,6 +83,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ignore = shutil.ignore_patterns("__pycache__", "lib", ".*.tmp")
     shutil.copytree(ROOT / "fastfar", folder / "fastfar", ignore=ignore)
     shutil.copytree(ROOT / "kernels", folder / "kernels", ignore=ignore)
+    ignore = shutil.ignore_patterns("__pycache__", "results")
+    shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=ignore)
     return folder
 
 
@@ -134,13 +139,17 @@ def expected_files(source: Path) -> set[str]:
         path.relative_to(source).as_posix()
         for path in (source / "fastfar").rglob("*")
         if path.is_file() and not {"__pycache__", "lib"} & set(path.relative_to(source).parts)
-    } | {f"fastfar/kernels/gpu/{path.name}" for path in (source / "kernels/gpu").glob("*.py")}
+    } | {
+        f"fastfar/{installed}/{path.name}"
+        for installed, folder in (("kernels/gpu", "kernels/gpu"), ("bench/cases", CASES))
+        for path in (source / folder).glob("*.py")
+    }
 
 
 def test_sdist_holds_all_that_a_build_needs(sdist: Path, checkout: Path) -> None:
     for name in BUILD_FILES:
         assert (sdist / name).is_file(), name
-    for folder in ("fastfar", "kernels"):
+    for folder in ("fastfar", "kernels", CASES):
         original = {
             path.relative_to(checkout).as_posix()
             for path in (checkout / folder).rglob("*")
@@ -167,6 +176,7 @@ def test_wheel_with_a_compiler(sdist: Path, checkout: Path, tmp_path: Path) -> N
     assert result["native"] is True, result
     assert str(result["package"]) == str(site / "fastfar")
     assert str(result["gpu"]).startswith(str(site / "fastfar" / "kernels" / "gpu"))
+    assert str(result["cases"]) == str(site / "fastfar" / "bench" / "cases" / "__init__.py")
 
 
 def test_wheel_without_a_compiler(sdist: Path, checkout: Path, tmp_path: Path) -> None:
@@ -205,6 +215,7 @@ def test_editable_install(checkout: Path, tmp_path: Path) -> None:
     result = inspect(python, tmp_path)
     assert str(result["package"]) == str(checkout / "fastfar")
     assert str(result["gpu"]) == str(checkout / "kernels" / "gpu" / "__init__.py")
+    assert str(result["cases"]) == str(checkout / CASES / "__init__.py")
     built = (checkout / LIBRARY).is_file()
     assert result["native"] is (True if built else None)
     assert built or needs_compiler.args[0], "a compiler is there and the library was not built"
@@ -216,6 +227,7 @@ def test_bare_checkout(checkout: Path, tmp_path: Path) -> None:
     result = inspect(sys.executable, tmp_path, checkout)
     assert str(result["package"]) == str(checkout / "fastfar")
     assert str(result["gpu"]) == str(checkout / "kernels" / "gpu" / "__init__.py")
+    assert str(result["cases"]) == str(checkout / CASES / "__init__.py")
 
 
 def test_somebody_elses_kernels_package_is_not_picked_up(checkout: Path, tmp_path: Path) -> None:

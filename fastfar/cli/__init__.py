@@ -22,7 +22,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand. Returns its exit status: 2 for a user's error, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    args = _parser(arguments).parse_args(arguments)
+    args = _parser(arguments).parse_args(arguments, argparse.Namespace(arguments=arguments))
     try:
         return int(args.run(args))
     except (ValueError, TypeError, OSError, ImportError) as error:

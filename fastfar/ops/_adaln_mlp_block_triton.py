@@ -1,8 +1,4 @@
-"""`adaln_mlp_block` on Triton: kernels/gpu/adaln_mlp_block.py, with cuBLAS's products in training.
-
-The products of a training step are large and plain; those of sampling are small, and their
-epilogues are worth more than the last percent of their speed.
-"""
+"""`adaln_mlp_block` on Triton: kernels/gpu/adaln_mlp_block.py around cuBLAS's products."""
 
 from __future__ import annotations
 
@@ -14,53 +10,9 @@ from torch import Tensor
 
 from fastfar.kernels.gpu._launch import is_recording
 from fastfar.ops import _rows
-from fastfar.ops._gemm import gemm
-from fastfar.ops._triton import architecture, kernel_op, kernels
+from fastfar.ops._triton import architecture, kernels, traced
 
 NAME = "adaln_mlp_block"
-
-
-@kernel_op("adaln_modulate", mutates=("a_NW",))
-def _modulate(
-    x_NW: Tensor,
-    shift_NW: Tensor,
-    scale_NW: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    a_NW: Tensor,
-    eps: float,
-) -> None:
-    kernels(NAME).modulate(
-        x_NW, shift_NW, scale_NW, norm_weight, norm_bias, a_NW, eps=eps, arch=architecture(x_NW)
-    )
-
-
-def _sampled(
-    x_NW: Tensor,
-    shift_NW: Tensor,
-    scale_NW: Tensor,
-    gate_NW: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
-    *,
-    eps: float,
-) -> Tensor:
-    """Without gradients, in three launches."""
-    out_NW = x_NW.new_empty(x_NW.shape)
-    a_NW, g_NW = (x_NW.new_empty(x_NW.shape, dtype=fc1_weight.dtype) for _ in range(2))
-    _modulate(x_NW, shift_NW, scale_NW, norm_weight, norm_bias, a_NW, eps)
-    gemm(a_NW, fc1_weight, g_NW, bias_N=fc1_bias, activation="silu")
-    gemm(
-        g_NW, fc2_weight, out_NW, kind="gated", bias_N=fc2_bias, gate_MN=gate_NW, residual_MN=x_NW
-    )
-    return out_NW
-
-
-# --- with gradients --------------------------------------------------------------------------
 
 
 def _run_forward(
@@ -263,7 +215,6 @@ def adaln_mlp_block(
     fc1_weight, fc2_weight = (x.to(dtype).contiguous() for x in (fc1_weight, fc2_weight))
     tensors = (_rows.rows(x_NW), *modulations, norm_weight, norm_bias, fc1_weight, fc1_bias,
                fc2_weight, fc2_bias)  # fmt: skip
-    if not _rows.recorded(*tensors):
-        return _sampled(*tensors, eps=eps)
-    out_NW: Tensor = _forward(*tensors, eps)[0]
+    run = _forward if _rows.recorded(*tensors) or traced() else _run_forward
+    out_NW: Tensor = run(*tensors, eps)[0]
     return out_NW

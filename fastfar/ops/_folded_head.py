@@ -6,7 +6,7 @@ What stands beside them is folded in beforehand (w = width, hats are normalised 
     LN's affine (g, b):   (g xhat + b) (1 + scale) + shift = xhat scale' + shift'
                           scale' = g (1 + scale),  shift' = shift + b (1 + scale)
     a block's shift:      W_1 (xhat scale' + shift') + b_1 = W_1 (xhat scale') + r
-                          r = W_1 shift' + b_1, linear in silu(y), joins the epilogue in float32
+                          r = W_1 shift' + b_1, linear in silu(y), is added in float32
     the final shift:      W_f (xhat (1 + scale) + shift) + b_f = W_f (xhat (1 + scale)) + r_f
 
 Columns of the modulations: scale', r and gate (w each) per block, then 1 + scale (w) and r_f (2P).
@@ -22,8 +22,9 @@ from torch import Tensor
 
 from fastfar.ops._head_weights import TIME_LAYERS, HeadWeights
 
-# Read by the kernels in the compute dtype; everything else in float32.
+# Read in the compute dtype, as are the biases that a product adds; everything else in float32.
 _OPERANDS = ("cond_embed", "modulations", "input_proj", "final", "fc1", "fc2")
+_ADDED = ("modulations", "fc2")
 
 
 class FoldedHead(HeadWeights):
@@ -83,7 +84,25 @@ def fold_head(head: Mapping[str, Tensor], dtype: torch.dtype) -> FoldedHead:
         tensors |= {f"{name}.{part}": read(f"{name}.{part}") for part in ("weight", "bias")}
 
     def rounded(name: str, x: Tensor) -> Tensor:
-        operand = name.endswith(".weight") and name.split(".")[-2] in _OPERANDS
+        layer, part = name.split(".")[-2:]
+        operand = layer in (_OPERANDS if part == "weight" else _ADDED)
         return x.to(dtype if operand else torch.float32).contiguous()
 
-    return FoldedHead({name: rounded(name, x) for name, x in tensors.items()}, depth)
+    prepared = {name: rounded(name, x) for name, x in tensors.items()}
+    prepared["input_proj.moments"] = projection_moments(
+        prepared["input_proj.weight"], prepared["input_proj.bias"]
+    )
+    return FoldedHead(prepared, depth)
+
+
+def projection_moments(weight_WP: Tensor, bias_W: Tensor) -> Tensor:
+    """(P + 2, P + 1) float32: mean and variance over the columns of x W^T + b as a function of x.
+
+    The first P + 1 rows are the covariance of the columns of (W, b), the last one is their mean:
+    variance = (x, 1) K (x, 1)^T and mean = (x, 1) . m. In float64, from W as it is multiplied.
+    """
+    columns = torch.cat([weight_WP.double(), bias_W.double().unsqueeze(1)], dim=1)
+    mean = columns.mean(0, keepdim=True)
+    centred = columns - mean
+    covariance = centred.t() @ centred / len(columns)
+    return torch.cat([covariance, mean]).float().contiguous()

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from fastfar import _native
 from fastfar.ops._registry import op
+from fastfar.ops._rows import DTYPES, check, recorded
+from fastfar.ops._triton import architecture, kernel_op, kernels
 
 
 @op
@@ -24,7 +26,7 @@ def groupnorm_silu(
 
     Args:
         x_BCHW: (B, C, H, W) floating; fastest in channels-last memory format on the native back
-            end, which returns that format.
+            end and on Triton, which return that format.
         weight, bias: (C,).
         groups: G; a group is C / G neighbouring channels.
         eps: added to the variance.
@@ -32,6 +34,8 @@ def groupnorm_silu(
 
     Returns:
         (B, C, H, W), dtype of x. The statistics are float32 or better.
+
+    Native and Triton compute no gradients: PyTorch does where autograd records.
 
     Source: group normalization, arXiv 1803.08494; latent diffusion, arXiv 2112.10752.
     """
@@ -93,3 +97,62 @@ def _native_implementation(
 
 
 groupnorm_silu.register("native", _native_implementation)
+
+
+# --- Triton ----------------------------------------------------------------------------------
+
+
+@kernel_op("groupnorm_silu", mutates=("y_BSC", "statistics_2BGP"))
+def _launch(
+    x_BSC: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    statistics_2BGP: Tensor,
+    y_BSC: Tensor,
+    eps: float,
+    silu: bool,
+) -> None:
+    kernels("groupnorm_silu").groupnorm_silu(
+        x_BSC, weight, bias, statistics_2BGP, y_BSC, eps=eps, silu=silu, arch=architecture(x_BSC)
+    )
+
+
+def _triton_implementation(
+    x_BCHW: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    groups: int,
+    eps: float = 1e-6,
+    silu: bool = True,
+) -> Tensor:
+    """See `groupnorm_silu`; PyTorch computes what has gradients or a dtype that is not taken."""
+    if x_BCHW.dtype not in DTYPES or recorded(x_BCHW, weight, bias):
+        plain: Tensor = groupnorm_silu.implementations["torch"](
+            x_BCHW, weight, bias, groups=groups, eps=eps, silu=silu
+        )
+        return plain
+    batch, channels, height, width = x_BCHW.shape
+    if groups < 1 or channels % groups:
+        raise ValueError(f"{channels} channels cannot be split into {groups} groups")
+    check(
+        "groupnorm_silu",
+        x=(x_BCHW, tuple(x_BCHW.shape)),
+        weight=(weight, (channels,)),
+        bias=(bias, (channels,)),
+    )
+    x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
+    y_BCHW = torch.empty_like(x_BCHW, memory_format=torch.channels_last)
+    if not y_BCHW.numel():
+        return y_BCHW
+    x_BSC, y_BSC = (
+        each.permute(0, 2, 3, 1).view(batch, height * width, channels) for each in (x_BCHW, y_BCHW)
+    )
+    shape = kernels("groupnorm_silu").statistics_shape(x_BSC, groups, architecture(x_BCHW))
+    statistics_2BGP = x_BCHW.new_empty(shape, dtype=torch.float32)
+    vectors = weight.contiguous(), bias.contiguous()
+    _launch(x_BSC, *vectors, statistics_2BGP, y_BSC, eps, silu)
+    return y_BCHW
+
+
+groupnorm_silu.register("triton", _triton_implementation)

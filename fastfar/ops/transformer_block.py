@@ -6,15 +6,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastfar.ops import _rows
-from fastfar.ops._gemm import gemm
 from fastfar.ops._registry import op
 from fastfar.ops.attention import attention as attend
 from fastfar.ops.layernorm_attention_residual import layernorm_attention_residual
 from fastfar.ops.layernorm_mlp_residual import layernorm_mlp_residual
 from fastfar.ops.residual_layernorm import residual_layernorm_rows
-
-# Rows from which a product fills a GPU with large tiles, those of the modulations of the head.
-MANY_ROWS = 4096
 
 
 @op
@@ -59,9 +55,9 @@ def transformer_block(
     PyTorch and native: `layernorm_attention_residual`, then `layernorm_mlp_residual`.
 
     Triton: float32, float16 or bfloat16; the operands of the products have the dtype of the
-    weights, or that of autocast, x keeps its own throughout. Seven launches without gradients:
-    LN, qkv, attention, projection, residual with LN, fc1 with GELU, fc2 with residual. TypeError
-    and ValueError for other dtypes, devices and shapes.
+    weights, or that of autocast, x keeps its own throughout. Nine kernels without gradients:
+    LN, qkv, attention, projection, residual with LN, fc1, GELU, fc2, residual. TypeError and
+    ValueError for other dtypes, devices and shapes.
 
     Source: timm's pre-norm ViT block, as used by MAR and FAR.
     """
@@ -141,47 +137,10 @@ def _triton_implementation(
     update_ND = F.dropout(update_ND, dropout)
     y_ND, h_ND = residual_layernorm_rows(x_ND, update_ND, norm2_weight, norm2_bias, eps, dtype)
 
-    mlp = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    run = _mlp_residual_fused
-    if dropout or _rows.recorded(y_ND, h_ND, *mlp):
-        run = _mlp_residual_composed
-    return run(y_ND, h_ND, *mlp, dropout).view(x_BSD.shape)
-
-
-def _mlp_residual_composed(
-    y_ND: Tensor,
-    h_ND: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
-    dropout: float,
-) -> Tensor:
-    """With gradients or dropout: cuBLAS's products; autograd keeps h before and after the GELU."""
+    # Products are cuBLAS's: with GELU or residual inside, ours were slower on an H100.
     h_NF = F.gelu(F.linear(h_ND, fc1_weight, fc1_bias.to(fc1_weight.dtype)))
     h_ND = F.linear(F.dropout(h_NF, dropout), fc2_weight, fc2_bias.to(fc2_weight.dtype))
-    return y_ND + F.dropout(h_ND, dropout).to(y_ND.dtype)
-
-
-def _mlp_residual_fused(
-    y_ND: Tensor,
-    h_ND: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
-    dropout: float,
-) -> Tensor:
-    """Two launches: GELU in the epilogue of the first product, the residual in the second's."""
-    dtype = h_ND.dtype
-    h_NF = h_ND.new_empty(h_ND.shape[0], fc1_bias.shape[0])
-    out_ND = y_ND.new_empty(y_ND.shape)
-    fc1_weight, fc2_weight = (w.to(dtype).contiguous() for w in (fc1_weight, fc2_weight))
-    fc1_bias, fc2_bias = fc1_bias.contiguous(), fc2_bias.contiguous()
-    kind = "linear" if h_ND.shape[0] >= MANY_ROWS else "narrow"
-    gemm(h_ND, fc1_weight, h_NF, bias_N=fc1_bias, activation="gelu")
-    gemm(h_NF, fc2_weight, out_ND, kind, bias_N=fc2_bias, residual_MN=_rows.rows(y_ND))
-    return out_ND
+    return (y_ND + F.dropout(h_ND, dropout).to(y_ND.dtype)).view(x_BSD.shape)
 
 
 transformer_block.register("triton", _triton_implementation)

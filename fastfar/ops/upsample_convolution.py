@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastfar.ops import _convolution_triton as gpu
 from fastfar.ops._convolution import convolve, is_packed, pack_convolution
 from fastfar.ops._registry import op
 
@@ -68,3 +69,20 @@ def _native_implementation(x_BCHW: Tensor, weight: Tensor, bias: Tensor) -> Tens
 
 
 upsample_convolution.register("native", _native_implementation)
+
+
+# --- Triton ----------------------------------------------------------------------------------
+
+
+def _triton_implementation(x_BCHW: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """See `upsample_convolution`; PyTorch computes what has gradients or several dtypes."""
+    if not gpu.fits(x_BCHW, weight, bias):
+        out_BCHW: Tensor = upsample_convolution.implementations["torch"](x_BCHW, weight, bias)
+        return out_BCHW
+    # Four times a channels-last image stays channels-last.
+    last_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
+    large_BCHW = F.interpolate(last_BCHW, scale_factor=2.0, mode="nearest")
+    return gpu.convolve(large_BCHW, weight, bias)
+
+
+upsample_convolution.register("triton", _triton_implementation)

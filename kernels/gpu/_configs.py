@@ -31,13 +31,6 @@ def _c(num_warps: int = 4, num_stages: int = 1, **tiles: int) -> Config:
     return Config(num_warps, num_stages, tiles)
 
 
-_INTERPRETED_PRODUCT = _c(BM=32, BN=64, BK=64, GROUP=8)
-_FLOAT32_PRODUCT = {
-    0: _INTERPRETED_PRODUCT,
-    80: _c(4, 2, BM=64, BN=64, BK=32, GROUP=8),
-    942: _c(4, 2, BM=64, BN=64, BK=32, GROUP=8),
-}
-
 # (kernel, bytes of an operand) -> architecture -> configuration. An architecture that is not
 # listed takes the next lower one of the same vendor, or the lowest. The interpreter (0) has small
 # tiles, since tests have small sizes.
@@ -54,66 +47,13 @@ _TABLE: dict[tuple[str, int], dict[int, Config]] = {
     # --- row by row: TILE numbers, see `row_tile` ---------------------------------------------
     ("hybrid_loss", 4): {80: _c(4, 1, TILE=1024)},
     ("add_noise", 4): {80: _c(4, 1, TILE=1024)},
-    # --- products: BM x BN outputs, BK of the sum at a time -----------------------------------
-    # At batch 1 the modulations of the next steps run beside the chain of products of this one. So
-    # a program of either kind must leave room for one of the other on a multiprocessor: "gated" or
-    # "modulated" and "modulations" share 65536 registers, and 228 KB (sm_90) of shared memory.
-    ("gemm_linear", 2): {
-        0: _INTERPRETED_PRODUCT,
-        80: _c(4, 3, BM=64, BN=128, BK=64, GROUP=8),
-        90: _c(8, 4, BM=128, BN=128, BK=64, GROUP=8),
-        120: _c(4, 3, BM=64, BN=128, BK=64, GROUP=8),
-        942: _c(4, 2, BM=64, BN=64, BK=64, GROUP=8),
+    ("convolution_residual", 4): {80: _c(4, 1, TILE=2048)},
+    # --- images: TILE numbers of which CHANNELS side by side, at least ROWS positions a part; an
+    # image makes PROGRAMS programs, in which every one reads the statistics of up to PARTS parts --
+    ("groupnorm_silu", 4): {
+        INTERPRETER: _c(TILE=16384, CHANNELS=512, ROWS=4, PROGRAMS=2, PARTS=2),
+        80: _c(TILE=8192, CHANNELS=64, ROWS=16, PROGRAMS=256, PARTS=128),
     },
-    ("gemm_linear", 4): _FLOAT32_PRODUCT,
-    ("gemm_narrow", 2): {
-        0: _INTERPRETED_PRODUCT,
-        80: _c(4, 3, BM=64, BN=128, BK=64, GROUP=8),
-        90: _c(8, 4, BM=64, BN=128, BK=64, GROUP=8),
-        120: _c(4, 3, BM=64, BN=128, BK=64, GROUP=8),
-        942: _c(4, 2, BM=64, BN=64, BK=64, GROUP=8),
-    },
-    ("gemm_narrow", 4): _FLOAT32_PRODUCT,
-    # From some thousand rows on, where nothing has to run beside it; without an activation or gate,
-    # for which no registers are left.
-    ("gemm_large", 2): {
-        0: _INTERPRETED_PRODUCT,
-        80: _c(8, 3, BM=128, BN=128, BK=64, GROUP=8),
-        90: _c(8, 3, BM=128, BN=256, BK=64, GROUP=8),
-        120: _c(8, 3, BM=128, BN=128, BK=32, GROUP=8),
-        942: _c(8, 2, BM=128, BN=128, BK=64, GROUP=8),
-    },
-    ("gemm_large", 4): _FLOAT32_PRODUCT,
-    ("gemm_modulations", 2): {
-        0: _INTERPRETED_PRODUCT,
-        80: _c(8, 3, BM=128, BN=128, BK=32, GROUP=8),
-        90: _c(8, 4, BM=128, BN=128, BK=64, GROUP=8),
-        120: _c(8, 3, BM=128, BN=128, BK=32, GROUP=8),
-        942: _c(8, 2, BM=128, BN=128, BK=64, GROUP=8),
-    },
-    ("gemm_modulations", 4): _FLOAT32_PRODUCT,
-    ("gemm_modulated", 2): {
-        0: _INTERPRETED_PRODUCT,
-        80: _c(4, 3, BM=64, BN=64, BK=64, GROUP=8),
-        90: _c(8, 3, BM=64, BN=128, BK=64, GROUP=8),
-        100: _c(4, 3, BM=64, BN=128, BK=64, GROUP=8),
-        120: _c(4, 3, BM=64, BN=64, BK=64, GROUP=8),
-        942: _c(4, 2, BM=64, BN=64, BK=64, GROUP=8),
-    },
-    ("gemm_modulated", 4): {
-        **_FLOAT32_PRODUCT,
-        80: _c(4, 2, BM=32, BN=64, BK=32, GROUP=8),  # twice as high it spills
-        90: _FLOAT32_PRODUCT[80],
-    },
-    ("gemm_gated", 2): {
-        0: _INTERPRETED_PRODUCT,
-        80: _c(4, 3, BM=64, BN=64, BK=64, GROUP=8),
-        90: _c(8, 3, BM=64, BN=128, BK=64, GROUP=8),
-        100: _c(4, 3, BM=64, BN=64, BK=64, GROUP=8),  # twice as wide it spills
-        120: _c(4, 3, BM=64, BN=64, BK=64, GROUP=8),
-        942: _c(4, 2, BM=64, BN=64, BK=64, GROUP=8),
-    },
-    ("gemm_gated", 4): _FLOAT32_PRODUCT,
     # --- ends of a diffusion step: BM tokens a program, BK of the sum, BN of the next stream --
     ("activate", 2): {0: _c(BM=32, BN=64), 80: _c(4, 1, BM=4, BN=1024)},
     ("activate", 4): {0: _c(BM=32, BN=64), 80: _c(4, 1, BM=4, BN=1024)},

@@ -1,8 +1,7 @@
 """x + gate * (W_2 silu(W_1 (LN(x) (1 + scale) + shift) + b_1) + b_2): all but the two products.
 
-Without gradients three launches: LN and modulation, then each product with its epilogue. With
-gradients the products are cuBLAS's, and h = W_1 (...) + b_1 and u = W_2 silu(h) + b_2 are kept;
-backward these kernels run between them, in this order:
+The products are cuBLAS's. h = W_1 (...) + b_1 and u = W_2 silu(h) + b_2 are kept for the backward,
+where these kernels run between the products, in this order:
 
     gate_backward       du = dout gate, dgate = dout u;              sums of du: b_2
     silu_backward       dh = dg silu'(h), g = silu(h) once more;     sums of dh: b_1
@@ -18,7 +17,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ._gemm import gemm
 from ._launch import launch
 from ._math import silu
 from ._rows import (
@@ -225,42 +223,6 @@ def gated_residual(
     tensors = (x_NW, gate_NW, u_NW, out_NW)
     options = row_options(width, arch)
     launch(gate_kernel, tiles(rows, options), *tensors, rows, width, *strides, **options)
-
-
-def adaln_mlp_block(
-    x_NW: torch.Tensor,
-    shift_NW: torch.Tensor,
-    scale_NW: torch.Tensor,
-    gate_NW: torch.Tensor,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor,
-    fc1_weight: torch.Tensor,
-    fc1_bias: torch.Tensor,
-    fc2_weight: torch.Tensor,
-    fc2_bias: torch.Tensor,
-    a_NW: torch.Tensor,
-    g_NW: torch.Tensor,
-    out_NW: torch.Tensor,
-    *,
-    eps: float,
-    arch: int,
-) -> None:
-    """The block in three launches. a and g: scratch (N, W) in the dtype of the weights.
-
-    x, out and the modulations may be of other dtypes; out is the residual stream.
-    """
-    modulate(x_NW, shift_NW, scale_NW, norm_weight, norm_bias, a_NW, eps=eps, arch=arch)
-    gemm(a_NW, fc1_weight, g_NW, arch=arch, bias_N=fc1_bias, activation="silu")
-    gemm(
-        g_NW,
-        fc2_weight,
-        out_NW,
-        arch=arch,
-        kind="gated",
-        bias_N=fc2_bias,
-        gate_MN=gate_NW,
-        residual_MN=x_NW,
-    )
 
 
 def gate_backward(

@@ -1,7 +1,12 @@
-"""Kernels of the denoising loop that are no plain product: its ends, and SiLU of the conditions.
+"""All of the denoising loop but its products, which are cuBLAS's.
 
-One diffusion step at depth d is 2 d + 1 launches: two products per block (`_gemm.py`) and `step`,
-which closes it and opens the next one. The modulations of a chunk of steps are two more launches.
+One diffusion step at depth d is 2 d products and 2 d + 1 kernels: `add_silu` and `gate_layernorm`
+around the products of each block, and `step`, which closes a step (final layer, guidance, update)
+and opens the next one (input projection, its LayerNorm and scale). The modulations of a chunk of
+steps are one more product, behind `activate`.
+
+Products with these kernels inside were measured against this on an H100 and lost: see
+benchmarks/LOG.md, "Fused products against cuBLAS".
 """
 
 from __future__ import annotations
@@ -11,9 +16,10 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ._configs import config, precision
+from ._configs import config
 from ._launch import launch
-from ._math import row_statistics, silu, store_statistics, tile_statistics
+from ._math import silu
+from ._rows import load_rows, normalise, row_options, store_rows, tile_of, tiles
 
 
 @triton.jit
@@ -45,199 +51,229 @@ def activate_kernel(
 
 
 @triton.jit
-def project(
-    x,
+def add_silu_kernel(
+    y_MW,
+    addend_MW,
+    out_MW,
     rows,
-    inside,
-    w_ptr,
-    bias_ptr,
-    out_ptr,
-    copy_ptr,
-    statistics_ptr,
     width,
-    channels,
-    CHANNELS: tl.constexpr,
-    BN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    addend_stride,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Input projection of x, a (BM, CHANNELS) block: the residual stream, and its statistics."""
-    channel = tl.arange(0, CHANNELS)
-    tiles = tl.cdiv(width, BN)
-    for tile in range(0, tiles):
-        column = tile * BN + tl.arange(0, BN)
-        w = tl.load(
-            w_ptr + column[None, :] * channels + channel[:, None],
-            mask=(column < width)[None, :] & (channel < channels)[:, None],
-            other=0.0,
-        )
-        h = tl.dot(x.to(w.dtype), w, input_precision=PRECISION)
-        bias = tl.load(bias_ptr + column, mask=column < width, other=0.0)
-        h += bias.to(tl.float32)[None, :]
-        offsets = rows.to(tl.int64)[:, None] * width + column[None, :]
-        mask = inside[:, None] & (column < width)[None, :]
-        tl.store(out_ptr + offsets, h, mask=mask)
-        if copy_ptr is not None:
-            tl.store(copy_ptr + offsets, h.to(copy_ptr.dtype.element_ty), mask=mask)
-        count = tl.minimum(width - tile * BN, BN).to(tl.float32)
-        mean, squares = tile_statistics(h, column, width, count)
-        store_statistics(statistics_ptr, rows, tile, tiles, mean, squares, inside)
+    """out = silu(y + addend)."""
+    row, columns, keep = tile_of(tl.program_id(0), rows, width, ROWS, BLOCK)
+    y = load_rows(y_MW, row, width, columns, keep)
+    y += load_rows(addend_MW, row, addend_stride, columns, keep)
+    store_rows(out_MW, row, width, columns, keep, silu(y))
 
 
 @triton.jit
-def project_kernel(
-    x_ptr,
+def gate_layernorm_kernel(
+    y_MW,
+    gate_MW,
+    residual_RW,
+    scale_MW,
+    stream_MW,
+    out_MW,
+    rows,
+    width,
+    residual_rows,
+    modulation_stride,
+    eps,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """stream = residual + gate * y; out = LN(stream) * scale. Row m adds residual m modulo R."""
+    row, columns, keep = tile_of(tl.program_id(0), rows, width, ROWS, BLOCK)
+    h = load_rows(residual_RW, row % residual_rows, width, columns, keep)
+    gate = load_rows(gate_MW, row, modulation_stride, columns, keep)
+    h += gate * load_rows(y_MW, row, width, columns, keep)
+    if stream_MW is not None:
+        store_rows(stream_MW, row, width, columns, keep, h)
+    n, _ = normalise(h, keep, width, eps)
+    n *= load_rows(scale_MW, row, modulation_stride, columns, keep)
+    store_rows(out_MW, row, width, columns, keep, n)
+
+
+@triton.jit
+def _projected_moments(x, moments_ptr, channels, CHANNELS: tl.constexpr, eps):
+    """Mean and 1 / sqrt(variance + eps) over the columns of x W^T + b, without computing them.
+
+    moments_ptr: (P + 2, P + 1) float32, see `fastfar.ops._folded_head`: covariance C of the columns
+    of W, and c with those of b, so that the variance is x C x + 2 c x + c0; last, the means.
+    """
+    channel = tl.arange(0, CHANNELS)
+    inside = channel < channels
+    stride = channels + 1
+    block = channel[:, None] * stride + channel[None, :]
+    own = tl.load(moments_ptr + block, mask=inside[:, None] & inside[None, :], other=0.0)
+    cross = tl.load(moments_ptr + channels * stride + channel, mask=inside, other=0.0)
+    means = tl.load(moments_ptr + (channels + 1) * stride + channel, mask=inside, other=0.0)
+    mean = tl.sum(x * means[None, :], axis=1)
+    mean += tl.load(moments_ptr + (channels + 1) * stride + channels)
+    variance = tl.sum(x * (tl.dot(x, own, input_precision="ieee") + 2.0 * cross[None, :]), axis=1)
+    variance += tl.load(moments_ptr + channels * stride + channels)
+    return mean, tl.rsqrt(tl.maximum(variance, 0.0) + eps)
+
+
+@triton.jit
+def _projected(
+    x,
+    tile,
     w_ptr,
     bias_ptr,
-    out_ptr,
-    copy_ptr,
-    statistics_ptr,
-    tokens,
     width,
     channels,
     CHANNELS: tl.constexpr,
-    BM: tl.constexpr,
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Residual stream of the first diffusion step: x_T W^T + bias, and its statistics."""
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    inside = rows < tokens
+    """Columns of a tile, and x W^T + bias there: (BM, BN) float32. x has the dtype of W."""
     channel = tl.arange(0, CHANNELS)
-    offsets = rows.to(tl.int64)[:, None] * channels + channel[None, :]
-    mask = inside[:, None] & (channel < channels)[None, :]
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    project(
-        x, rows, inside, w_ptr, bias_ptr, out_ptr, copy_ptr, statistics_ptr, width, channels,
-        CHANNELS, BN, PRECISION,
-    )  # fmt: skip
+    column = tile * BN + tl.arange(0, BN)
+    inside = column < width
+    w = tl.load(
+        w_ptr + column[None, :] * channels + channel[:, None],
+        mask=inside[None, :] & (channel < channels)[:, None],
+        other=0.0,
+    )
+    bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    return column, tl.dot(x, w, input_precision=PRECISION) + bias[None, :]
 
 
 @triton.jit
 def step_kernel(
     h_ptr,
-    statistics_ptr,
-    scale_ptr,
     addend_ptr,
     final_ptr,
     x_ptr,
+    new_x_ptr,
     x0_ptr,
+    new_x0_ptr,
     noise_ptr,
     table_ptr,
     w_ptr,
     bias_ptr,
+    moments_ptr,
+    scale_ptr,
+    stream_ptr,
     out_ptr,
-    copy_ptr,
-    out_statistics_ptr,
     tokens,
     width,
     channels,
-    modulation_stride,
+    addend_stride,
+    scale_stride,
     guidance,
     low,
     high,
     eps,
     HALVES: tl.constexpr,
-    SHARED: tl.constexpr,
-    STATISTICS_TILE: tl.constexpr,
-    STATISTICS_COUNT: tl.constexpr,
-    EVEN_K: tl.constexpr,
     CHANNELS: tl.constexpr,
+    EVEN_K: tl.constexpr,
     BM: tl.constexpr,
-    BN: tl.constexpr,
     BK: tl.constexpr,
+    BN: tl.constexpr,
+    TILES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Final layer, guidance, x = a x + b x0 + c x0_previous + s noise, next input projection."""
+    """See `step`. Programs along axis 1 share the columns of the next stream, TILES tiles each.
+
+    Each of them computes the new x for itself, from tensors that none of them writes; the first
+    one stores it.
+    """
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     inside = rows < tokens
     safe = tl.minimum(rows, tokens - 1)
     channel = tl.arange(0, CHANNELS)
     wanted = channel < channels
-    depth = tl.arange(0, BK)
+    state = safe.to(tl.int64)[:, None] * channels + channel[None, :]
+    mask = inside[:, None] & wanted[None, :]
+    x = tl.load(x_ptr + state, mask=mask, other=0.0)
 
-    # Rows of the conditional half, then of the other one, whose variance nobody needs.
-    conditional = tl.zeros((BM, CHANNELS), dtype=tl.float32)
-    variance = tl.zeros((BM, CHANNELS), dtype=tl.float32)
-    free = tl.zeros((BM, CHANNELS), dtype=tl.float32)
-    for half in tl.static_range(HALVES):
-        row = safe + half * tokens
-        h_row = safe if SHARED else row
-        mean, rstd = row_statistics(
-            statistics_ptr, h_row, width, eps, STATISTICS_COUNT, STATISTICS_TILE
-        )
-        h_ptrs = h_ptr + h_row.to(tl.int64)[:, None] * width + depth[None, :]
-        scale_ptrs = scale_ptr + row.to(tl.int64)[:, None] * modulation_stride + depth[None, :]
-        weight_ptrs = final_ptr + channel.to(tl.int64)[None, :] * width + depth[:, None]
+    if h_ptr is not None:
+        # Everything small is asked for before the sum, which hides how long it takes.
+        other = safe + tokens  # rows of the unconditional half
+        offsets = safe.to(tl.int64)[:, None] * addend_stride + channel[None, :]
+        conditional = tl.load(addend_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        variance = tl.load(addend_ptr + offsets + channels, mask=mask, other=0.0).to(tl.float32)
+        free = tl.zeros((BM, CHANNELS), dtype=tl.float32)
+        if HALVES == 2:
+            offsets = other.to(tl.int64)[:, None] * addend_stride + channel[None, :]
+            free = tl.load(addend_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        previous = tl.load(x0_ptr + state, mask=mask, other=0.0)
+        noise = tl.load(noise_ptr + state, mask=mask, other=0.0).to(tl.float32)
+        x_to_x0, eps_to_x0 = tl.load(table_ptr), tl.load(table_ptr + 1)
+        x_factor, x0_factor = tl.load(table_ptr + 2), tl.load(table_ptr + 3)
+        previous_factor, noise_factor = tl.load(table_ptr + 4), tl.load(table_ptr + 7)
+        smallest, largest = tl.load(table_ptr + 5), tl.load(table_ptr + 6)
+
+        depth = tl.arange(0, BK)
+        h_ptrs = h_ptr + safe.to(tl.int64)[:, None] * width + depth[None, :]
+        other_ptrs = h_ptr + other.to(tl.int64)[:, None] * width + depth[None, :]
+        weight_ptrs = final_ptr + channel[None, :] * width + depth[:, None]
         for start in range(0, width, BK):
+            within = wanted[None, :]
+            below = depth < width - start
+            if not EVEN_K:
+                within = within & below[:, None]
+            w_eps = tl.load(weight_ptrs, mask=within, other=0.0)
+            w_v = tl.load(weight_ptrs + channels * width, mask=within, other=0.0)
             if EVEN_K:
                 h = tl.load(h_ptrs)
-                scale = tl.load(scale_ptrs)
-                w_eps = tl.load(weight_ptrs, mask=wanted[None, :], other=0.0)
             else:
-                below = depth < width - start
                 h = tl.load(h_ptrs, mask=below[None, :], other=0.0)
-                scale = tl.load(scale_ptrs, mask=below[None, :], other=0.0)
-                mask = wanted[None, :] & below[:, None]
-                w_eps = tl.load(weight_ptrs, mask=mask, other=0.0)
-            centred = (h.to(tl.float32) - mean[:, None]) * rstd[:, None]
-            operand = (centred * scale.to(tl.float32)).to(w_eps.dtype)
-            if half == 0:
-                v_ptrs = weight_ptrs + channels * width
+            conditional = tl.dot(h, w_eps, conditional, input_precision=PRECISION)
+            variance = tl.dot(h, w_v, variance, input_precision=PRECISION)
+            if HALVES == 2:
                 if EVEN_K:
-                    w_v = tl.load(v_ptrs, mask=wanted[None, :], other=0.0)
+                    h = tl.load(other_ptrs)
                 else:
-                    w_v = tl.load(v_ptrs, mask=mask, other=0.0)
-                conditional = tl.dot(operand, w_eps, conditional, input_precision=PRECISION)
-                variance = tl.dot(operand, w_v, variance, input_precision=PRECISION)
-            else:
-                free = tl.dot(operand, w_eps, free, input_precision=PRECISION)
+                    h = tl.load(other_ptrs, mask=below[None, :], other=0.0)
+                free = tl.dot(h, w_eps, free, input_precision=PRECISION)
             h_ptrs += BK
-            scale_ptrs += BK
+            other_ptrs += BK
             weight_ptrs += BK
-        offsets = row.to(tl.int64)[:, None] * modulation_stride + channel[None, :]
-        mask = inside[:, None] & wanted[None, :]
-        if half == 0:
-            conditional += tl.load(addend_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-            variance += tl.load(addend_ptr + offsets + channels, mask=mask, other=0.0).to(
-                tl.float32
-            )
-        else:
-            free += tl.load(addend_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    noise_estimate = conditional
-    if HALVES == 2:
-        noise_estimate = free + guidance * (conditional - free)
+        noise_estimate = conditional
+        if HALVES == 2:
+            noise_estimate = free + guidance * (conditional - free)
 
-    offsets = rows.to(tl.int64)[:, None] * channels + channel[None, :]
-    mask = inside[:, None] & wanted[None, :]
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
-    noise = tl.load(noise_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    x0 = tl.load(table_ptr) * x - tl.load(table_ptr + 1) * noise_estimate
-    x0 = tl.maximum(x0, low, propagate_nan=tl.PropagateNan.ALL)
-    x0 = tl.minimum(x0, high, propagate_nan=tl.PropagateNan.ALL)
-    update = tl.load(table_ptr + 2) * x + tl.load(table_ptr + 3) * x0
-    previous_factor = tl.load(table_ptr + 4)
-    if previous_factor != 0.0:
-        previous = tl.load(x0_ptr + offsets, mask=mask, other=0.0)
-        update += previous_factor * previous
-    noise_factor = tl.load(table_ptr + 7)
-    if noise_factor != 0.0:
+        x0 = x_to_x0 * x - eps_to_x0 * noise_estimate
+        x0 = tl.maximum(x0, low, propagate_nan=tl.PropagateNan.ALL)
+        x0 = tl.minimum(x0, high, propagate_nan=tl.PropagateNan.ALL)
+        x = x_factor * x + x0_factor * x0 + previous_factor * previous
         fraction = 0.5 * variance + 0.5
-        smallest, largest = tl.load(table_ptr + 5), tl.load(table_ptr + 6)
-        log_variance = fraction * largest + (1.0 - fraction) * smallest
-        update += noise_factor * tl.exp(0.5 * log_variance) * noise
-    tl.store(x_ptr + offsets, update, mask=mask)
-    tl.store(x0_ptr + offsets, x0, mask=mask)
+        deviation = tl.exp(0.5 * (fraction * largest + (1.0 - fraction) * smallest))
+        # At the last step there is none, however large the network's variance.
+        x += tl.where(noise_factor != 0.0, noise_factor * deviation * noise, 0.0)
+        if tl.program_id(1) == 0:
+            tl.store(new_x_ptr + state, x, mask=mask)
+            tl.store(new_x0_ptr + state, x0, mask=mask)
+
     if out_ptr is not None:
-        update = tl.where(mask, update, 0.0)
-        project(
-            update, rows, inside, w_ptr, bias_ptr, out_ptr, copy_ptr, out_statistics_ptr, width,
-            channels, CHANNELS, BN, PRECISION,
-        )  # fmt: skip
+        x = tl.where(mask, x, 0.0).to(w_ptr.dtype.element_ty)
+        mean, rstd = _projected_moments(x.to(tl.float32), moments_ptr, channels, CHANNELS, eps)
+        all_tiles = tl.cdiv(width, BN)
+        begin = tl.program_id(1) * TILES
+        for tile in range(begin, tl.minimum(begin + TILES, all_tiles)):
+            column, h = _projected(
+                x, tile, w_ptr, bias_ptr, width, channels, CHANNELS, BN, PRECISION
+            )
+            keep = inside[:, None] & (column < width)[None, :]
+            stream_ptrs = stream_ptr + rows.to(tl.int64)[:, None] * width + column[None, :]
+            tl.store(stream_ptrs, h, mask=keep)
+            n = (h - mean[:, None]) * rstd[:, None]
+            for half in tl.static_range(HALVES):
+                row = (rows + half * tokens).to(tl.int64)[:, None]
+                scale_ptrs = scale_ptr + row * scale_stride + column[None, :]
+                scale = tl.load(scale_ptrs, mask=keep, other=0.0).to(tl.float32)
+                out_ptrs = out_ptr + row * width + column[None, :]
+                tl.store(out_ptrs, (n * scale).to(out_ptr.dtype.element_ty), mask=keep)
 
 
-def _channels(channels: int) -> int:
-    """Numbers of a token, padded to what a product takes."""
-    return max(16, triton.next_power_of_2(channels))
+# --- launchers -------------------------------------------------------------------------------
+
+MANY_PROGRAMS = 512  # from which one program takes all columns of its tokens
 
 
 def activate(base_MW: Any, time_CW: Any, out_XW: Any, *, arch: int) -> None:
@@ -254,50 +290,63 @@ def activate(base_MW: Any, time_CW: Any, out_XW: Any, *, arch: int) -> None:
     launch(activate_kernel, grid, base_MW, time_CW, out_XW, rows, width, **chosen.options)
 
 
-def statistics_tile(arch: int, element_size: int) -> int:
-    """Columns of a tile of the statistics that `first_projection` and `step` write."""
-    return config("step", arch, element_size).tiles["BN"]
+def add_silu(y_MW: Any, addend_MW: Any, out_MW: Any, *, arch: int) -> None:
+    """out = silu(y + addend); addend may be a slice of a wider matrix, the others are contiguous."""
+    rows, width = y_MW.shape
+    options = row_options(width, arch)
+    launch(
+        add_silu_kernel, tiles(rows, options), y_MW, addend_MW, out_MW, rows, width,
+        addend_MW.stride(0), **options,
+    )  # fmt: skip
 
 
-def first_projection(
-    x_NP: Any, w_WP: Any, bias_W: Any, out_NW: Any, copy_NW: Any, statistics: Any, *, arch: int
+def gate_layernorm(
+    y_MW: Any,
+    gate_MW: Any,
+    residual_RW: Any,
+    scale_MW: Any,
+    stream_MW: Any,
+    out_MW: Any,
+    *,
+    eps: float,
+    arch: int,
 ) -> None:
-    """h = x W^T + b, with statistics of its tiles.
+    """stream = residual + gate * y; out = (stream - mean) / sqrt(var + eps) * scale.
 
     Args:
-        x_NP: (N, P) float32.
-        w_WP, bias_W: (w, P) and (w,).
-        out_NW: (N, w) float32.
-        copy_NW: (N, w) in the compute dtype, or None.
-        statistics: (N, ceil(w / `statistics_tile`), 2) float32.
+        y_MW: (M, w), a block's update.
+        gate_MW, scale_MW: (M, w) with the same stride: slices of the modulations; scale is that of
+            what comes next.
+        residual_RW: (R, w) float32, M a multiple of R: both halves of guidance share the first
+            stream.
+        stream_MW: (M, w) float32 or None; may be residual_RW.
+        out_MW: (M, w) in the compute dtype.
     """
-    (tokens, channels), width = x_NP.shape, w_WP.shape[0]
-    chosen = config("step", arch, w_WP.element_size())
-    options = {**chosen.options, "num_stages": 1}
-    del options["BK"]
-    grid = (triton.cdiv(tokens, chosen.tiles["BM"]),)
+    rows, width = y_MW.shape
+    options = row_options(width, arch)
+    assert gate_MW.stride(0) == scale_MW.stride(0)
     launch(
-        project_kernel, grid, x_NP, w_WP, bias_W, out_NW, copy_NW, statistics, tokens, width,
-        channels, CHANNELS=_channels(channels), PRECISION=precision(arch), **options,
+        gate_layernorm_kernel, tiles(rows, options), y_MW, gate_MW, residual_RW, scale_MW,
+        stream_MW, out_MW, rows, width, residual_RW.shape[0], gate_MW.stride(0), eps, **options,
     )  # fmt: skip
 
 
 def step(
     h_MW: Any,
-    statistics: Any,
-    statistics_tile: int,
-    scale_MW: Any,
     addend_M2P: Any,
     final_2PW: Any,
     x_NP: Any,
+    new_x_NP: Any,
     x0_NP: Any,
+    new_x0_NP: Any,
     noise_NP: Any,
     table_8: Any,
     w_WP: Any,
     bias_W: Any,
-    out_NW: Any,
-    copy_NW: Any,
-    out_statistics: Any,
+    moments: Any,
+    scale_MW: Any,
+    stream_NW: Any,
+    out_MW: Any,
     *,
     halves: int,
     guidance: float,
@@ -306,59 +355,67 @@ def step(
     eps: float,
     arch: int,
 ) -> None:
-    """End of a diffusion step and beginning of the next one.
+    """End of a diffusion step, beginning of the next one, or both.
 
-    [eps | v] = (rstd (h - mean) scale) W_f^T + addend per row; eps = eps_u + s (eps_c - eps_u);
+    [eps | v] = h W_f^T + addend per row; eps = eps_u + s (eps_c - eps_u);
     x0 = t0 x - t1 eps, bounded; x = t2 x + t3 x0 + t4 x0_previous + t7 exp(log var / 2) noise with
-    log var = f t6 + (1 - f) t5, f = (v + 1) / 2; then h = x W^T + b with its statistics.
+    log var = f t6 + (1 - f) t5, f = (v + 1) / 2; then stream = x W^T + b and out = LN(stream) scale.
 
     Args:
-        h_MW: (M, w) residual stream; (N, w) where both halves share it (depth 0).
-        statistics, statistics_tile: of its rows.
-        scale_MW, addend_M2P: (M, w) and (M, 2P), slices of the modulations.
+        h_MW: (M, w) normalised and scaled operand of the final layer; None begins only, and what
+            stands up to `table_8` is not read, x_NP excepted.
+        addend_M2P: (M, 2P), slice of the modulations.
         final_2PW: (2P, w) weight of the final layer.
-        x_NP, x0_NP: (N, P) float32 state, read and written in place.
+        x_NP, new_x_NP: (N, P) float32 state before and after; not the same memory.
+        x0_NP, new_x0_NP: likewise.
         noise_NP: (N, P).
         table_8: (8,) float32 row of coefficients t0 .. t7.
-        w_WP, bias_W: input projection.
-        out_NW, copy_NW, out_statistics: as in `first_projection`; out None at the last step.
+        w_WP, bias_W, moments: input projection, and what `_projected_moments` reads.
+        scale_MW: (M, w) slice of the modulations of the next step.
+        stream_NW: (N, w) float32.
+        out_MW: (M, w), operand of the next step's first product, not h_MW; None ends only.
         halves: 1, or 2 with the conditional rows first.
         guidance, low, high: s and the bounds of x0.
     """
     (tokens, channels), width = x_NP.shape, final_2PW.shape[1]
     chosen = config("step", arch, final_2PW.element_size())
-    grid = (triton.cdiv(tokens, chosen.tiles["BM"]),)
+    token_tiles = triton.cdiv(tokens, chosen.tiles["BM"])
+    columns = triton.cdiv(width, chosen.tiles["BN"])
+    if out_MW is None or token_tiles * columns >= MANY_PROGRAMS:
+        share = 1
+    else:
+        share = columns
     launch(
         step_kernel,
-        grid,
+        (token_tiles, share),
         h_MW,
-        statistics,
-        scale_MW,
         addend_M2P,
         final_2PW,
         x_NP,
+        new_x_NP,
         x0_NP,
+        new_x0_NP,
         noise_NP,
         table_8,
         w_WP,
         bias_W,
-        out_NW,
-        copy_NW,
-        out_statistics,
+        moments,
+        scale_MW,
+        stream_NW,
+        out_MW,
         tokens,
         width,
         channels,
-        scale_MW.stride(0),
+        0 if addend_M2P is None else addend_M2P.stride(0),
+        0 if scale_MW is None else scale_MW.stride(0),
         guidance,
         low,
         high,
         eps,
         HALVES=halves,
-        SHARED=h_MW.shape[0] == tokens,
-        STATISTICS_TILE=statistics_tile,
-        STATISTICS_COUNT=triton.next_power_of_2(triton.cdiv(width, statistics_tile)),
+        CHANNELS=max(16, triton.next_power_of_2(channels)),  # what a product takes
         EVEN_K=width % chosen.tiles["BK"] == 0,
-        CHANNELS=_channels(channels),
-        PRECISION=precision(arch),
+        TILES=triton.cdiv(columns, share),
+        PRECISION="ieee",  # of float32: errors of eps grow by 20,000 in the first steps
         **chosen.options,
     )

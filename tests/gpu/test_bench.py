@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastfar import cli
-from fastfar.costs import head_kernels, measure, variants
+from fastfar.bench import far, peak, rows
+from fastfar.bench.far import FARSubject
+from fastfar.bench.head_kernels import head_kernels
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,23 +27,24 @@ def test_every_path_is_right_and_fast(
     assert cli.main(arguments) == 0, capsys.readouterr()
     out = capsys.readouterr().out
     assert "not available" not in out and "gate is red" not in out, out
-    assert "kernel of the head" in out
-    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert {row["backend"] for row in found} == {"autocast", "torch", "compile", "eager", "triton"}
-    median = {row["backend"]: row["median_s"] for row in found if row["batch"] == 1}
+    found = rows.read(path)
+    assert {row.form for row in found} == {"autocast", "torch", "compile", "eager", "triton"}
+    median = {row.form: row.median_s or 0.0 for row in found if row.batch == 1}
     assert median["triton"] < median["autocast"]
     for row in found:
-        assert row["gpu"]["name"] and row["peak_memory_bytes"] > 0
-        assert row["kernels_per_step"] < 40 and row["stages_s"]["head"] > 0
+        assert row.environment["gpu"]["name"] and (row.peak_memory_bytes or 0) > 0
+        assert row.batch > 1 or row.stages_s["head"] > 0
+        assert ("head_kernels" in row.extra) == (row.form in ("eager", "triton"))
 
 
 @pytest.mark.parametrize("cold", [False, True])
 def test_kernels_of_the_head(cold: bool) -> None:
-    subject = variants.subject("far_base", None, torch.device("cuda"), head_depth=3)
-    times = head_kernels.head_kernels(subject, 1, torch.bfloat16, cold, repeats=10)
+    weights = far.load("far_base", device="cuda", head_depth=3)
+    subject = FARSubject(weights, "triton", torch.bfloat16, weights.official())
+    times = head_kernels(subject, 1, cold, repeats=10)
     names = {time.name for time in times}
     assert {"gemm normalised", "gemm gated", "step", "activate"} <= names
-    peak = measure.peak(torch.device("cuda"), torch.bfloat16)
+    most = peak.peak_flops(torch.bfloat16, "cuda")
     for time in times:
         assert 1e-7 < time.seconds < 1e-3
-        assert time.flops / time.seconds < 1.05 * peak
+        assert time.flops / time.seconds < 1.05 * most

@@ -1,6 +1,6 @@
 """Every op that has a Triton implementation against its float64 reference, as benchmarks call it.
 
-`benchmarks/cases.py` makes the inputs, `tolerances.py` says how close is close enough.
+`benchmarks/cases/` makes the inputs, `tolerances.py` says how close is close enough.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from tolerances import assert_close_to_reference, evaluate, is_float
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from benchmarks.cases import CASES, STEPS, Case
 from fastfar import FARConfig
+from fastfar.bench.cases import CASES, STEPS, Case
 from fastfar.ops import use_backend
 
 TRITON = [case for case in CASES.values() if "triton" in case.op.implementations]
 LAYERS = {"denoise_loop": 4 * STEPS, "transformer_block": 4}
-SAMPLING_ONLY = ("denoise_loop",)
+# No gradients, or PyTorch's (those of float32 convolutions in TF32, in no fixed order).
+SAMPLING_ONLY = ("denoise_loop", "convolution_residual", "upsample_convolution")
 
 each_case = pytest.mark.parametrize("case", TRITON, ids=lambda case: case.name)
 
@@ -67,7 +68,7 @@ def test_values_and_gradients(case: Case, config: FARConfig, place: Place) -> No
 
 @each_case
 def test_repeats_are_equal_bit_by_bit(case: Case, device: torch.device) -> None:
-    """Values and gradients: no atomic additions anywhere."""
+    """Values and gradients: no atomic additions in any kernel of ours."""
     on_gpu = device.type == "cuda"
     if not on_gpu and case.name != "hybrid_loss":
         pytest.skip("the interpreter runs programs one after the other")
@@ -78,6 +79,8 @@ def test_repeats_are_equal_bit_by_bit(case: Case, device: torch.device) -> None:
         "gradients": case.name not in SAMPLING_ONLY,
         "layout": torch.Tensor.contiguous,
     }
+    if case.name == "transformer_block" and on_gpu:
+        kwargs = {**kwargs, "attention": "sdpa_efficient"}  # cuDNN's backward does not repeat
     with use_backend("triton"):
         first, second = (evaluate(single(case.op), args, kwargs, **options) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -17,8 +17,8 @@ from tiny_far import tiny_model
 from tolerances import FACTOR, GOLDEN, relative
 
 import fastfar
-from benchmarks.cases import head_inputs
 from fastfar import FAR, FARConfig, SamplingPlan, TensorNoise, cli, graphs, sample_latents
+from fastfar.bench.cases import head_inputs
 from fastfar.levels import patchify
 from fastfar.ops._denoise_triton import denoise
 from fastfar.ops._folded_head import fold_head
@@ -107,11 +107,11 @@ def test_not_further_from_float64_than_pytorch(mode: str, dtype: torch.dtype, ru
 # --- the loop's own choices ------------------------------------------------------------------
 
 
-def test_branches_and_chunks_change_nothing(device: torch.device) -> None:
-    """Two streams give what one gives, bit by bit; chunks of any length the same numbers."""
+def test_chunks_change_nothing(device: torch.device) -> None:
+    """Chunks of any length give the same numbers, and each repeats bit by bit."""
     on_gpu = device.type == "cuda"
     config = FARConfig.preset("far_base") if on_gpu else tiny_model().config
-    tokens, steps, branches = (256, 11, 2) if on_gpu else (5, 2, 1)
+    tokens, steps = (256, 11) if on_gpu else (5, 2)
     dtype = torch.bfloat16 if on_gpu else torch.float32
     (head, condition, level, initial, noise), options = head_inputs(
         config, tokens, steps, torch.float32
@@ -119,19 +119,19 @@ def test_branches_and_chunks_change_nothing(device: torch.device) -> None:
     folded = fold_head({name: x.to(device) for name, x in head.items()}, dtype)
     condition, initial, noise = condition.to(device, dtype), initial.to(device), noise.to(device)
 
-    def loop(chunk: int, branches: int) -> torch.Tensor:
+    def loop(chunk: int) -> torch.Tensor:
         return denoise(
-            folded, condition, level, initial, noise, chunk=chunk, branches=branches,
-            num_timesteps=1000, **options,
+            folded, condition, level, initial, noise, chunk=chunk, num_timesteps=1000,
+            **options,
         )  # fmt: skip
 
-    expected = loop(1, 1)
+    expected = loop(1)
     assert bool(expected.isfinite().all())
     for chunk in (1, 3, steps) if on_gpu else (2,):
-        single = loop(chunk, 1)
+        single = loop(chunk)
         assert relative(single, expected) < 1e-3
         for _ in range(20 if on_gpu else 1):  # a race shows now and then
-            assert torch.equal(loop(chunk, branches), single)
+            assert torch.equal(loop(chunk), single)
 
 
 def test_repeats_and_batches(run: Run) -> None:

@@ -6,6 +6,7 @@ FakeTensorMode and `recording`. What they record is compiled (proof 2) and coste
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -35,21 +36,6 @@ def residual_layernorm(arch: int, dtype: torch.dtype) -> None:
             )  # fmt: skip
 
 
-def transformer_block(arch: int, dtype: torch.dtype) -> None:
-    """The products of its second half, which have epilogues, at batch 1 and 32; cuBLAS does the
-    others."""
-    from fastfar.kernels.gpu._gemm import gemm
-
-    width = 1280
-    fc1, fc2 = _matrix(4 * width, width, dtype=dtype), _matrix(width, 4 * width, dtype=dtype)
-    bias_F, bias_D = _matrix(4 * width, dtype=dtype), _matrix(width, dtype=dtype)
-    for rows, kind in ((640, "narrow"), (32 * 640, "linear")):
-        x_ND, h_ND, out_ND = (_matrix(rows, width, dtype=dtype) for _ in range(3))
-        h_NF = _matrix(rows, 4 * width, dtype=dtype)
-        gemm(h_ND, fc1, h_NF, arch=arch, bias_N=bias_F, activation="gelu")
-        gemm(h_NF, fc2, out_ND, arch=arch, kind=kind, bias_N=bias_D, residual_MN=x_ND)
-
-
 def adaln_mlp_block(arch: int, dtype: torch.dtype) -> None:
     """Sampling in one dtype; training under autocast, modulations in slices of one matrix."""
     from fastfar.kernels.gpu import adaln_mlp_block as kernels
@@ -59,13 +45,8 @@ def adaln_mlp_block(arch: int, dtype: torch.dtype) -> None:
     for stream in dict.fromkeys((dtype, torch.float32)):
         x, dout, dx, out = (_matrix(rows, width, dtype=stream) for _ in range(4))
         a, h, g, u, dh, dg = (_matrix(rows, width, dtype=dtype) for _ in range(6))
-        norm_weight, norm_bias, fc1_bias, fc2_bias = (_matrix(width, dtype=stream),) * 4
-        fc1, fc2 = (_matrix(width, width, dtype=dtype),) * 2
-        norm = norm_weight, norm_bias
-        kernels.adaln_mlp_block(
-            x, shift, scale, gate, *norm, fc1, fc1_bias, fc2, fc2_bias, a, g, out,
-            eps=1e-6, arch=arch,
-        )  # fmt: skip
+        norm = (_matrix(width, dtype=stream),) * 2
+        kernels.modulate(x, shift, scale, *norm, a, eps=1e-6, arch=arch)
         kernels.gated_residual(x, gate, u, out, arch=arch)
         partial_PW, partial_2PW = _matrix(128, width), _matrix(2, 128, width)
         kernels.gate_backward(dout, gate, u, a, g, partial_PW, arch=arch)
@@ -77,7 +58,6 @@ def adaln_mlp_block(arch: int, dtype: torch.dtype) -> None:
 
 LAUNCHES: dict[str, Callable[[int, torch.dtype], None]] = {
     "residual_layernorm": residual_layernorm,
-    "transformer_block": transformer_block,
     "adaln_mlp_block": adaln_mlp_block,
 }
 
@@ -142,25 +122,60 @@ LAUNCHES |= {
 }
 
 
+# --- the image autoencoder -------------------------------------------------------------------
+
+# Positions and channels of KL-16's decoder: a layer of every cut of the kernel.
+_IMAGES = ((256, 512), (1024, 512), (1024, 256), (4096, 256), (16384, 256), (16384, 128))
+_IMAGES += ((65536, 128),)
+
+
+def groupnorm_silu(arch: int, dtype: torch.dtype) -> None:
+    """KL-16's decoder at batch 1; before attention without SiLU."""
+    from fastfar.kernels.gpu import groupnorm_silu as kernels
+
+    for positions, channels in _IMAGES:
+        x_BSC, y_BSC = (_matrix(1, positions, channels, dtype=dtype) for _ in range(2))
+        vectors = (_matrix(channels, dtype=dtype),) * 2
+        statistics = _matrix(*kernels.statistics_shape(x_BSC, 32, arch))
+        for silu in (True, False)[: 2 if (positions, channels) == _IMAGES[0] else 1]:
+            kernels.groupnorm_silu(
+                x_BSC, *vectors, statistics, y_BSC, eps=1e-6, silu=silu, arch=arch
+            )
+
+
+def convolution_residual(arch: int, dtype: torch.dtype) -> None:
+    """As above, with and without the residual; and the image itself, of 3 channels."""
+    from fastfar.kernels.gpu import convolution_residual as kernels
+
+    for positions, channels, residual in ((256, 512, True), (256, 512, False), (65536, 3, False)):
+        y_NC, residual_NC = (_matrix(positions, channels, dtype=dtype) for _ in range(2))
+        bias_C = _matrix(channels, dtype=dtype)
+        kernels.convolution_residual(y_NC, bias_C, residual_NC if residual else None, arch=arch)
+
+
+LAUNCHES |= {"groupnorm_silu": groupnorm_silu, "convolution_residual": convolution_residual}
+
+
 # --- the denoising loop ----------------------------------------------------------------------
 
 
 def _denoise_loop(arch: int, dtype: torch.dtype) -> None:
-    """Three diffusion steps of FAR-H's head, batch 1 (with and without guidance) and 16."""
+    """Three diffusion steps of FAR-H's head, batch 1 (with and without guidance) and 64; and of one
+    whose width is no multiple of a tile."""
     from fastfar import FARConfig, backend
     from fastfar.head import DenoisingMLP
     from fastfar.ops import denoise_loop
     from fastfar.ops._folded_head import fold_head
 
-    config = FARConfig.preset("far_huge")
-    with torch.device("meta"):
-        shapes = DenoisingMLP(config).state_dict()
     facts = backend.GPUFacts(l2_bytes=50 * 2**20, multiprocessors=132)
-    tokens, channels = config.num_tokens, config.token_dim
+    huge = FARConfig.preset("far_huge")
+    odd = dataclasses.replace(huge, head_width=200, latent_channels=5, head_depth=1)
     with torch.no_grad(), backend.described_gpu(arch, facts):
-        head = fold_head({name: _matrix(*x.shape) for name, x in shapes.items()}, dtype)
-        for batch, halves in ((1, 1), (1, 2), (16, 2)):
-            rows = batch * tokens
+        for config, batch, halves in ((huge, 1, 1), (huge, 1, 2), (huge, 64, 2), (odd, 1, 2)):
+            with torch.device("meta"):
+                shapes = DenoisingMLP(config).state_dict()
+            head = fold_head({name: _matrix(*x.shape) for name, x in shapes.items()}, dtype)
+            rows, channels = batch * config.num_tokens, config.token_dim
             denoise_loop.implementations["triton"](
                 head,
                 _matrix(halves * rows, config.width, dtype=dtype),
