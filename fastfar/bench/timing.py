@@ -15,11 +15,13 @@ import time
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
 from fastfar.bench import peak
+from fastfar.profiling import annotate
 
 MIN_SECONDS = 0.005  # of a sample: faster calls are repeated within it
 GRAPHED = 20  # calls in a CUDA graph
@@ -221,10 +223,16 @@ def alternate(
         for contender in contenders:
             if contender.run is None or contender.timer is None:
                 continue
-            take = contender.timer.seconds
             before_sample.get()()
+            take = partial(_in_range, contender.name, contender.timer)
             contender.samples.append(Sample(*around(take, contender.dtype, device)))
             progress()
+
+
+def _in_range(name: str, timer: Timer) -> float:
+    """A sample; for profilers a range of the contender's name."""
+    with annotate(name):
+        return timer.seconds()
 
 
 # --- right before fast -----------------------------------------------------------------------

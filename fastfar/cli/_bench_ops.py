@@ -7,9 +7,11 @@ import datetime
 import json
 import secrets
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 
+from fastfar import profiling
 from fastfar.bench import decoder, rows
 from fastfar.bench import ops as single
 from fastfar.bench import scaling as axes
@@ -32,6 +34,9 @@ def ops(args: argparse.Namespace) -> int:
     if args.subjects or args.checkpoint:
         raise ValueError("ops have sizes, not weights: give --preset instead of --subjects and "
                          "--checkpoint")  # fmt: skip
+    if args.resume:
+        raise ValueError("ops take minutes at most and are not resumed: leave --resume out, or "
+                         "name the --ops that are missing")  # fmt: skip
     name = f"ops-{datetime.datetime.now(datetime.timezone.utc):%Y%m%dT%H%M%S}"
     options = single.Options(
         run=f"{name}-{secrets.token_hex(2)}",
@@ -41,13 +46,9 @@ def ops(args: argparse.Namespace) -> int:
         repeats=args.repeats or (1 if args.quick else 5),
         cold=args.cold,
     )
-    found: list[Row] = []
-    for row in _measured(args, options):
-        if args.save is not None:
-            rows.append(args.save, [row])
-        time = "" if row.median_s is None else f": {duration(row.median_s)}"
-        say(f"{row.subject}, {row.shape}{time}{row.note and ': ' + row.note}")
-        found.append(row)
+    nvtx = profiling.ranges() if args.nvtx else nullcontext()
+    with nvtx, profiling.trace(args.trace):
+        found = list(_written(args, options))
     if args.json:
         print(json.dumps([row.to_dict() for row in found], indent=2))
     else:
@@ -83,6 +84,16 @@ def scaling(args: argparse.Namespace) -> int:
         for key, reason in outcome.skipped.items():
             print(f"{key}: not available: {reason}")
     return int(bool(outcome.red))
+
+
+def _written(args: argparse.Namespace, options: single.Options) -> Iterator[Row]:
+    """Rows, each told and saved as soon as it is there."""
+    for row in _measured(args, options):
+        if args.save is not None:
+            rows.append(args.save, [row])
+        time = "" if row.median_s is None else f": {duration(row.median_s)}"
+        say(f"{row.subject}, {row.shape}{time}{row.note and ': ' + row.note}")
+        yield row
 
 
 def _measured(args: argparse.Namespace, options: single.Options) -> Iterator[Row]:

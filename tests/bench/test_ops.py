@@ -143,11 +143,14 @@ def test_the_command(
     path = tmp_path / "rows.jsonl"
     arguments = ["bench", "ops", "--preset", "demo", "--ops", "linear", "peak", "--backends",
                  "torch", "--dtype", "float32", "--quick"]  # fmt: skip
-    assert cli.main([*arguments, "--save", str(path)]) == 0
+    trace = tmp_path / "trace.json"
+    assert cli.main([*arguments, "--save", str(path), "--trace", str(trace)]) == 0
+    assert "torch float32" in {e.get("name") for e in json.loads(trace.read_text())["traceEvents"]}
     out = capsys.readouterr().out
     assert "linear" in out and "green" in out and "FLOP/s" in out and "rows in" in out
     found = [json.loads(line) for line in path.read_text().splitlines()]
     assert {row["op"] for row in found} == {"linear", "peak"}
     assert len({row["run"] for row in found}) == 1
     assert "allowed: " in fails(capsys, "bench", "ops", "--ops", "magic")
+    assert "--resume" in fails(capsys, "bench", "ops", "--resume", "--save", str(path))
     assert "--preset" in fails(capsys, "bench", "ops", "--subjects", "demo")
