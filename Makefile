@@ -24,7 +24,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt fastfar/_version.py $(wildcard
 demo: $(VENV)/installed
 	$(BIN)/fastfar sample --classes 0,1,2,3,4,5,6,7,8,9 --per-class 3 --scale 3 --output outputs/demo.png
 
-# Two files at a time, in their order: every test uses one thread.
+# Two files at a time, the longest first (tests/conftest.py): every test uses one thread.
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 

@@ -1,7 +1,9 @@
 """The figures of the GPUs that the cost model knows.
 
-Marks: [data sheet] the vendor's figure; [measured] published by somebody who measured it;
-[derived] arithmetic on the two; [assumed] our guess, to be replaced by a measurement.
+Marks: [data sheet] the vendor's figure; [measured] by us on an H100 80GB HBM3 (PyTorch 2.11, CUDA
+13.0, Triton 3.6), see benchmarks/LOG.md; [published] by somebody else who measured it; [derived]
+arithmetic on these; [assumed] our guess, to be replaced by a measurement. A [measured] figure fits
+what it was taken from by construction: tests/test_costs.py says what else it is held against.
 
 Tensor peaks are dense, with float32 sums. Sources:
     H100, H200    NVIDIA data sheets (half of the figures "with sparsity")
@@ -9,13 +11,16 @@ Tensor peaks are dense, with float32 sums. Sources:
     A100          NVIDIA A100 white paper (80 GB SXM)
     B200          NVIDIA Blackwell brief (HGX), chipsandcheese.com on B200: 148 SMs, 126 MB
     RTX 4090      NVIDIA Ada white paper
-    library_share best measured torch.matmul over the peak, stas00/ml-engineering (MAMF table):
-                  A100 271 of 312, H100 795 of 989, B200 1745 of 2250
-    l2            microbenchmarks of H100 give 5.5 to 7 TB/s and one blog 12; products tell more: a
-                  tile of 128 x 256 takes 0.0117 byte per FLOP, so a register-staged product at 600
-                  TFLOP/s, as Triton reaches, gets 7 TB/s. 7 it is, 0.75 of 5120 bytes per clock
-    launch_gap    1.3 us between two kernels of a CUDA graph on H100, Hazy Research's "no bubbles"
-                  (Llama-1B megakernel); the others are assumed to be the same
+    library_share H100: 8192^3 in bfloat16 at 784 TFLOP/s [measured]. Others: best torch.matmul over
+                  the peak, stas00/ml-engineering (MAMF table) [published]: A100 271 of 312, B200
+                  1745 of 2250 (H100 795 of 989)
+    memory_share  a copy of 1 GiB on an H100 reads and writes 2.33 TB/s of 3.35 [measured]
+    l2            x * 2 out of place, 8 and 16 MB each way: 4.0 and 7.7 us in a CUDA graph on an H100
+                  [measured]; without the 1.22 us of a kernel that does next to nothing 6.0 and 5.2
+                  TB/s. 5.5 it is, 0.59 of 5120 bytes per clock
+    launch_gap    the denoising loop of FAR-H takes 79.3 us a diffusion step in a CUDA graph on an
+                  H100, its 13.4 kernels 75.7 by the profiler [measured]
+    latency       what is left of those 1.22 us, halved: one load, one store
 """
 
 from __future__ import annotations
@@ -24,9 +29,10 @@ from dataclasses import dataclass
 
 import torch
 
-# Host time that an eager PyTorch call takes before its kernel starts, and that a blocking copy of
-# a small tensor from pageable memory takes [assumed, from profiles of small models].
-EAGER_CALL = 6e-6
+# Host time of an eager PyTorch call with the Python around it [derived: the published way takes 2.36
+# s an image beside an H100 (FAR-H, T = 100, with decoding) [measured]; hosts differ], and of a
+# blocking copy of a small tensor from pageable memory [assumed].
+EAGER_CALL = 22e-6
 BLOCKING_COPY = 12e-6
 
 
@@ -39,19 +45,19 @@ class GPU:
         title: as its maker writes it.
         arch: 10 major + minor of its compute capability, which chooses the kernels' tiles.
         half, tf32, fp32: peak FLOP/s of bfloat16 and float16, of TF32, and of plain float32.
-        memory: bytes/s from device memory.
+        memory: bytes/s from device memory [data sheet].
         l2_size: bytes of the L2 cache.
         l2: bytes/s that all SMs together get from it.
         sms: number of multiprocessors.
         clock: Hz under load.
         sm_bytes: bytes per clock that one SM gets from L2.
         shared: bytes of shared memory that one program may use.
-        latency: seconds of a load that hits L2, under load.
+        latency: seconds of a load that hits L2, the start of its program included.
         library_share: of the peak that cuBLAS and cuDNN reach where nothing else bounds.
         triton_share: the same for Triton kernels whose loads pass through registers (no TMA).
-        attention_share: the same for PyTorch's flash attention.
+        attention_share: the same for PyTorch's fused attention.
         launch_gap: seconds from the end of a kernel to the start of the next in a CUDA graph.
-        barrier: seconds of a barrier over the whole grid inside a kernel.
+        memory_share: of `memory` that a kernel which reads and writes it reaches.
     """
 
     name: str
@@ -71,8 +77,8 @@ class GPU:
     library_share: float
     triton_share: float
     attention_share: float
-    launch_gap: float = 1.3e-6
-    barrier: float = 0.8e-6  # [assumed] an atomic and its broadcast; cooperative groups: about 1.4
+    launch_gap: float = 0.3e-6  # [measured] H100; [assumed] of the others
+    memory_share: float = 0.70  # [measured] H100; [assumed] of the others
 
     def peak(self, dtype: torch.dtype) -> float:
         """FLOP/s of products with operands of `dtype`, whose results are as exact as the dtype.
@@ -93,15 +99,15 @@ _H100 = GPU(
     fp32=66.9e12,
     memory=3.35e12,
     l2_size=50e6,
-    l2=7e12,  # [measured] and [derived], see above
+    l2=5.5e12,  # [derived], see above
     sms=132,
     clock=1.83e9,  # [derived] 989.4e12 / (132 SMs * 4096 FLOP per clock)
-    sm_bytes=64,  # [measured] per clock and SM on Volta to Hopper
+    sm_bytes=64,  # [published] per clock and SM on Volta to Hopper
     shared=227 << 10,
-    latency=0.3e-6,  # [measured] 0.15 us idle in the near half (chipsandcheese.com); [assumed] x 2
-    library_share=0.80,
-    triton_share=0.60,  # [assumed] register-staged wgmma; Triton's own tutorial is near it
-    attention_share=0.40,  # [measured] FlashAttention-2 reaches 350-400 TFLOP/s on H100
+    latency=0.46e-6,  # [derived], see above; 0.15 us idle in the near half (chipsandcheese.com)
+    library_share=0.79,  # [measured]
+    triton_share=0.50,  # [measured] 4096 x 10272 x 1024 in 173 us, the best of 12 tilings
+    attention_share=0.17,  # [measured] cuDNN, 2 x 16 heads of 320 x 80: short rows, 11.4 us
 )
 
 GPUS: dict[str, GPU] = {
@@ -119,12 +125,12 @@ GPUS: dict[str, GPU] = {
             fp32=44e12,
             memory=4.0e12,
             l2_size=60e6,
-            l2=7e12,  # [assumed] the L2 of H100
+            l2=5.5e12,  # [assumed] the L2 of H100
             sms=78,
             clock=1.83e9,  # [assumed] that of H100
             sm_bytes=64,
             shared=227 << 10,
-            latency=0.3e-6,
+            latency=0.46e-6,  # [assumed] as H100
             library_share=0.90,  # [assumed] so few FLOPs are not bound by power
             triton_share=0.85,  # [assumed]
             attention_share=0.75,  # [assumed]
@@ -138,15 +144,15 @@ GPUS: dict[str, GPU] = {
             fp32=19.5e12,
             memory=2.04e12,
             l2_size=40e6,
-            l2=5.4e12,  # [derived] 0.75 of 5120 bytes per clock (white paper), as on H100
+            l2=4.2e12,  # [derived] 0.59 of 5120 bytes per clock (white paper), as on H100
             sms=108,
             clock=1.41e9,
             sm_bytes=64,
             shared=163 << 10,
-            latency=0.3e-6,  # [assumed]
+            latency=0.46e-6,  # [assumed] as H100
             library_share=0.87,
             triton_share=0.75,  # [assumed] Triton is close to cuBLAS on mma.sync
-            attention_share=0.65,  # [measured] FlashAttention-2 paper: up to 230 TFLOP/s
+            attention_share=0.65,  # [published] FlashAttention-2: up to 230 TFLOP/s, long rows
         ),
         GPU(
             name="b200",
@@ -157,12 +163,12 @@ GPUS: dict[str, GPU] = {
             fp32=75e12,
             memory=8.0e12,
             l2_size=126e6,
-            l2=14e12,  # [assumed] two dies, each with the L2 of H100
+            l2=11e12,  # [assumed] two dies, each with the L2 of H100
             sms=148,
             clock=1.86e9,  # [derived] 2250e12 / (148 SMs * 8192 FLOP per clock)
             sm_bytes=64,  # [assumed]
             shared=227 << 10,
-            latency=0.3e-6,  # [assumed] as H100: 0.15 us idle in the near half
+            latency=0.46e-6,  # [assumed] as H100
             library_share=0.78,
             triton_share=0.45,  # [assumed] without TMA and warp specialisation
             attention_share=0.22,  # [assumed] FlashAttention-2 does not use tcgen05
@@ -181,7 +187,7 @@ GPUS: dict[str, GPU] = {
             clock=2.52e9,
             sm_bytes=64,
             shared=99 << 10,
-            latency=0.3e-6,  # [assumed]
+            latency=0.46e-6,  # [assumed] as H100
             library_share=0.90,  # [assumed]
             triton_share=0.80,  # [assumed]
             attention_share=0.75,  # [assumed]

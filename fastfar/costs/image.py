@@ -5,13 +5,8 @@ diffusion steps, and continued: all blocks of a transformer cost the same, and s
 diffusion steps once L2 holds what it keeps. Memory: weights of the transformer come from there at
 every step; what L2 holds in the head follows from its size.
 
-The head runs on one branch, or its modulations on a second one beside the chain of the chunk
-before. The second way is taken to share the GPU perfectly:
-
-    t = max(chain alone, modulations alone, sum of SM-seconds, bytes of both / L2, ... / memory)
-
-with the first chunk's modulations in front. What really happens lies between that and one branch:
-a program of the modulations is not interrupted when the chain could go on.
+Kernels run one after the other. A chunk of diffusion steps is three of them, the modulations of all
+its steps and the beginning of the first one; each step is 4 d + 1 more at depth d, the chain.
 """
 
 from __future__ import annotations
@@ -53,7 +48,6 @@ class Total:
         moved: bytes that L2 sends and receives.
         memory: bytes between memory and L2.
         seconds: one kernel after the other.
-        sm_seconds: see `kernels.Cost`.
         bounds: seconds of the kernels that each bound holds.
     """
 
@@ -62,7 +56,6 @@ class Total:
     moved: float = 0.0
     memory: float = 0.0
     seconds: float = 0.0
-    sm_seconds: float = 0.0
     bounds: dict[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -76,7 +69,6 @@ class Total:
                 cost.work.moved - cost.work.multicast,
                 cost.memory_bytes,
                 cost.seconds,
-                cost.sm_seconds,
                 {cost.bound: cost.seconds},
             )
         return total
@@ -110,8 +102,6 @@ class HeadCost:
     Attributes:
         begin: before the first chunk.
         modulations, chain: of all chunks.
-        two_branches: seconds of both where they share the GPU perfectly.
-        persistent: seconds of the chain in one kernel with barriers, see `persistent_seconds`.
         chunk: diffusion steps of a chunk.
         steps: T.
     """
@@ -119,10 +109,13 @@ class HeadCost:
     begin: Total
     modulations: Total
     chain: Total
-    two_branches: float
-    persistent: float
     chunk: int
     steps: int
+
+    @property
+    def seconds(self) -> float:
+        """All of it."""
+        return (self.begin + self.modulations + self.chain).seconds
 
 
 @dataclass(frozen=True)
@@ -131,7 +124,7 @@ class Prediction:
 
     Attributes:
         gpu, batch: of what.
-        stages: name -> sums over the whole image, one kernel after the other.
+        stages: name -> sums over the whole image.
         heads: the denoising loop of each outer step.
         reference_flops: published arithmetic, see `counts`.
         head_reference_flops: of the head alone.
@@ -150,33 +143,14 @@ class Prediction:
         return sum(self.stages.values(), Total())
 
     @property
-    def head_one_branch(self) -> float:
-        """Seconds of the head with modulations and chain in turn."""
-        return sum((h.begin + h.modulations + h.chain).seconds for h in self.heads)
-
-    @property
-    def head_two_branches(self) -> float:
-        """Seconds of the head with the modulations beside the chain."""
-        return sum(h.begin.seconds + h.two_branches for h in self.heads)
-
-    @property
-    def head_persistent(self) -> float:
-        """Seconds of the head with the chain in one persistent kernel, modulations beside it."""
-        return sum(
-            h.begin.seconds + max(h.persistent, h.modulations.seconds,
-                                  h.modulations.sm_seconds + h.chain.sm_seconds)
-            for h in self.heads
-        )  # fmt: skip
-
-    @property
     def head(self) -> float:
-        """Seconds of the head as it is run: the better of one and two branches."""
-        return min(self.head_one_branch, self.head_two_branches)
+        """Seconds of the head."""
+        return sum(head.seconds for head in self.heads)
 
     @property
     def seconds(self) -> float:
-        """The whole batch, the head as it is run."""
-        return self.total.seconds - self.head_one_branch + self.head
+        """The whole batch."""
+        return self.total.seconds
 
     @property
     def launches_per_step(self) -> float:
@@ -262,7 +236,6 @@ class _Runner:
         head = fold_head(model.head_weights, dtype)
         tracer.know(dict(head))
         self.step = OuterStep(model, head, plan, dtype)
-        self.columns = len(head["modulations.bias"])
         self.inputs = Inputs(
             torch.empty(batch, dtype=torch.int64, device="cuda:0"),
             torch.empty(batch, dtype=torch.int64, device="cuda:0"),
@@ -272,17 +245,13 @@ class _Runner:
         )
         self.latent = torch.empty(self.step.latent_shape(batch), device="cuda:0")
         tracer.know([vars(self.inputs), self.latent])
-        self.dtype = dtype
 
     def chunk(self, k: int) -> int:
         """Diffusion steps whose modulations are computed at once."""
         from fastfar.ops._denoise_triton import steps_ahead
 
-        halves = counts.halves_of(self.plan, k)
-        rows = self.batch * self.config.num_tokens * halves
-        l2 = int(self.tracer.gpu.l2_size)
-        steps = self.plan.diffusion_steps[k]
-        return steps_ahead(rows, self.columns, self.dtype.itemsize, l2, steps)
+        rows = self.batch * self.config.num_tokens * counts.halves_of(self.plan, k)
+        return steps_ahead(rows, self.plan.diffusion_steps[k])
 
     def trace(self, k: int, blocks: int, steps: int | None = None) -> list[Event]:
         """Kernels of outer step k with so many blocks; steps: None is a few chunks of them."""
@@ -375,36 +344,13 @@ def head_cost(works: Sequence[Work], gpu: GPU, steps: int, chunk: int) -> HeadCo
     modulations.append(Total.of(steady[:2]) * left)
     chain = Total.of([cost for part in chunks for cost in part[2:]])
     chain = chain + Total.of(steady[2:]) * left
-    beside = sum(modulations[1:], Total())
-    both = beside + chain
     return HeadCost(
         begin=Total.of(costs[: starts[0]]),
         modulations=sum(modulations, Total()),
         chain=chain,
-        two_branches=modulations[0].seconds
-        + max(chain.seconds, beside.seconds, both.sm_seconds, both.moved / gpu.l2,
-              both.memory / gpu.memory),
-        persistent=persistent_seconds(steady[2:], gpu) * steps / chunk,
         chunk=chunk,
         steps=steps,
-    )  # fmt: skip
-
-
-def persistent_seconds(costs: Sequence[Cost], gpu: GPU) -> float:
-    """The same kernels as parts of one persistent kernel with a barrier between them.
-
-    A barrier and one latency replace the launch gap and two latencies, and each program loads
-    weights of its next part into half of its shared memory before the barrier. What all parts move
-    still goes through L2, so that this bounds their sum from below.
-    """
-    seconds = 0.0
-    for cost in costs:
-        work, programs = cost.work, max(cost.work.programs, 1)
-        ahead = min(work.weights / programs, gpu.shared / 2)
-        left = 1.0 - ahead * programs / work.moved if work.moved else 1.0
-        parts = {**cost.parts, "SM": cost.parts["SM"] * left, "L2": cost.parts["L2"] * left}
-        seconds += max(parts.values()) + gpu.barrier + gpu.latency
-    return max(seconds, sum(cost.work.moved for cost in costs) / gpu.l2)
+    )
 
 
 def _decode(

@@ -10,12 +10,15 @@ R = ceil(programs / SMs) programs on the busiest SM, the kernel takes the longes
     L2       bytes of all programs / bandwidth of L2      less what clusters of programs share
     memory   bytes that miss L2 / bandwidth of memory           see `Cache`
 
-plus two latencies (the first load; the last store) and the gap to the next kernel. Where those two
-are longer than the rest the bound is "launch".
+plus a latency for every load that waits for another one (two in most kernels: the first load, the
+last store) and the gap to the next kernel. Where those are longer than the rest the bound is
+"launch".
 
-Left out: instructions other than products (exponentials, address arithmetic), bank conflicts,
-register pressure, uneven clocks, the two halves of an L2, and that a kernel's bounds overlap
-imperfectly. So a prediction is a lower bound of sorts; `share` of the peak is the only slack.
+Left out: instructions other than products (exponentials, address arithmetic), how long a product of
+few rows takes from its operands to its sums, bank conflicts, register pressure, uneven clocks, the
+two halves of an L2, and that a kernel's bounds overlap imperfectly. So a prediction is a lower
+bound of sorts: on an H100 kernels that only move rows take about a third longer, and `step_kernel`,
+a chain of small products, two to three times as long (tests/test_costs.py).
 """
 
 from __future__ import annotations
@@ -33,8 +36,10 @@ from fastfar.costs.gpus import GPU
 
 BOUNDS = ("tensor", "SM", "L2", "memory", "launch")
 
-# Tiles among which cuBLAS and cuDNN are assumed to take the fastest for a shape.
+# Tiles among which cuBLAS and cuDNN are assumed to take the fastest for a shape; from Hopper on there
+# are more, of which a profile of FAR-H shows these.
 LIBRARY_TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64))
+HOPPER_TILES = (*LIBRARY_TILES, (192, 192), (128, 160), (160, 128), (112, 64), (64, 112))
 ATTENTION_TILE = 128  # queries of a program of flash attention [assumed]
 STREAM_NUMBERS = 2048  # numbers of the result per program of an elementwise kernel [assumed]
 
@@ -62,8 +67,8 @@ class Work:
         dtype: of the operands.
         kind: "triton", "library" or "attention": which share of the peak its products reach.
         in_flight: bytes of loads that a program keeps under way; 0: as many as it takes.
-        weights: bytes of those loads that do not depend on the kernel before it.
         multicast: bytes of those loads that come with those of another program in its cluster.
+        trips: loads and stores of a program that wait for each other.
     """
 
     name: str
@@ -74,8 +79,8 @@ class Work:
     dtype: torch.dtype = torch.bfloat16
     kind: str = "library"
     in_flight: float = 0.0
-    weights: float = 0.0
     multicast: float = 0.0
+    trips: int = 2
 
 
 @dataclass(frozen=True)
@@ -87,15 +92,12 @@ class Cost:
         parts: seconds by each bound but "launch".
         memory_bytes: that missed L2.
         fixed: seconds of latency and launch gap.
-        sm_seconds: sum over the SMs of the time that each is busy, over their number: what the
-            kernel takes of the GPU if others fill the SMs that it leaves idle.
     """
 
     work: Work
     parts: dict[str, float] = field(repr=False)
     memory_bytes: float
     fixed: float
-    sm_seconds: float
 
     @property
     def busy(self) -> float:
@@ -141,18 +143,17 @@ def price(work: Work, gpu: GPU, memory_bytes: float = 0.0) -> Cost:
         "tensor": rounds * multiplies,
         "SM": rounds * loads,
         "L2": (work.moved - work.multicast) / gpu.l2,
-        "memory": memory_bytes / gpu.memory,
+        "memory": memory_bytes / (gpu.memory * gpu.memory_share),
     }
-    fixed = 2 * gpu.latency + gpu.launch_gap
-    sm_seconds = programs * max(multiplies, loads) / gpu.sms
-    return Cost(work, parts, memory_bytes, fixed, sm_seconds)
+    return Cost(work, parts, memory_bytes, work.trips * gpu.latency + gpu.launch_gap)
 
 
 class Cache:
     """An L2 cache as a list of storages, the one that was used least recently at its end.
 
-    It holds whole storages: one that is larger than the cache is never found in it. A read that is
-    not found comes from memory; what was written goes there when it is displaced.
+    It holds whole storages: one that is larger than the cache is never found in it, and displaces
+    as much as is touched of it. A read that is not found comes from memory; what was written goes
+    there when it is displaced.
     """
 
     def __init__(self, size: float) -> None:
@@ -161,8 +162,12 @@ class Cache:
 
     def touch(self, touches: Iterable[Touch]) -> float:
         """Bytes that a kernel with these touches moves between cache and memory."""
-        moved = 0.0
+        moved = passing = 0.0
         for each in touches:
+            if each.storage_bytes > self.size:
+                moved += each.nbytes
+                passing += each.nbytes
+                continue
             found = self._held.pop(each.storage, None)
             dirty = 0 if found is None else found[1]
             if found is None and not each.writes:
@@ -170,7 +175,7 @@ class Cache:
             if each.writes:
                 dirty = min(dirty + each.nbytes, each.storage_bytes)
             self._held[each.storage] = (each.storage_bytes, dirty)
-        while self._held and sum(size for size, _ in self._held.values()) > self.size:
+        while self._held and passing + sum(size for size, _ in self._held.values()) > self.size:
             _, (_, dirty) = self._held.popitem(last=False)
             moved += dirty
         return moved
@@ -208,12 +213,10 @@ def product(
     k_tile: int = 1,
     batch: int = 1,
     operand_bytes: tuple[int, int] = (2, 2),
-    extra_k_bytes: int = 0,
     tile_bytes: int = 0,
     kind: str = "library",
     dtype: torch.dtype = torch.bfloat16,
     touches: tuple[Touch, ...] = (),
-    stages: int = 0,
 ) -> Work:
     """(m, k) times (k, n) in tiles: each program loads its panels of A and W over all of k.
 
@@ -221,40 +224,36 @@ def product(
         tile: rows and columns of a program's result.
         k_tile: k is padded to a multiple of it.
         operand_bytes: of one number of A and of W.
-        extra_k_bytes: per row and k that a prologue loads beside A.
-        tile_bytes: per number of the result that the epilogue loads and stores.
-        stages: of the software pipeline; all but one are under way. 0: as many as it takes.
+        tile_bytes: per number of the result that is stored.
     """
     rows, columns = tile
     depth = -(-k // k_tile) * k_tile
     programs = batch * -(-m // rows) * -(-n // columns)
-    a_bytes = rows * (operand_bytes[0] + extra_k_bytes)
-    w_bytes = columns * operand_bytes[1]
+    panels = rows * operand_bytes[0] + columns * operand_bytes[1]
     return Work(
         name,
         programs,
         flops=2.0 * programs * rows * columns * depth,
-        moved=float(programs * ((a_bytes + w_bytes) * depth + rows * columns * tile_bytes)),
+        moved=float(programs * (panels * depth + rows * columns * tile_bytes)),
         touches=touches,
         dtype=dtype,
         kind=kind,
-        in_flight=float(max(stages - 1, 1) * k_tile * (a_bytes + w_bytes)) if stages else 0.0,
-        weights=float(programs * w_bytes * depth),
     )
 
 
 def library_product(
     gpu: GPU, name: str, m: int, n: int, k: int, size: int, **options: Any
 ) -> Work:
-    """A product by cuBLAS or cuDNN: with the fastest of `LIBRARY_TILES`.
+    """A product by cuBLAS or cuDNN: with the fastest of its tiles.
 
     From Hopper on two programs of a cluster share the larger of their panels (TMA multicast).
     """
     candidates = []
-    for tile in LIBRARY_TILES:
+    hopper = 90 <= gpu.arch < 120
+    for tile in HOPPER_TILES if hopper else LIBRARY_TILES:
         work = product(name, m, n, k, tile=tile, k_tile=32, operand_bytes=(size, size),
                        tile_bytes=size, **options)  # fmt: skip
-        if 90 <= gpu.arch < 120:
+        if hopper:
             panel = max(tile) * size * -(-k // 32) * 32
             work = replace(work, multicast=work.programs * panel / 2)
         candidates.append(work)
@@ -288,87 +287,68 @@ def stream(name: str, numbers: int, touches: tuple[Touch, ...], **options: Any) 
 # --- recorded launches of Triton kernels -----------------------------------------------------
 
 
-def _gemm(launch: Any, touches: tuple[Touch, ...]) -> Work:
-    """kernels/gpu/_gemm.py."""
-    a, w, out = (launch.argument(f"{name}_ptr") for name in ("a", "w", "out"))
-    m, n, k = (int(launch.argument(name)) for name in "MNK")
-    given = {
-        name: x
-        for name in ("addend", "gate", "residual", "copy", "scale")
-        if (x := launch.argument(f"{name}_ptr")) is not None
-    }
-    scale = given.pop("scale", None)
-    options = launch.options
-    return product(
-        launch_name(launch),
-        m,
-        n,
-        k,
-        tile=(options["BM"], options["BN"]),
-        k_tile=options["BK"],
-        operand_bytes=(a.element_size(), w.element_size()),
-        extra_k_bytes=0 if scale is None else scale.element_size(),
-        tile_bytes=out.element_size() + sum(x.element_size() for x in given.values()),
-        kind="triton",
-        dtype=w.dtype,
-        touches=touches,
-        stages=options.get("num_stages", 0),
-    )
-
-
 def _rows(launch: Any, touches: tuple[Touch, ...]) -> Work:
     """A kernel without products: its grid, and every tensor once."""
     work = stream(launch_name(launch), 1, touches, kind="triton")
     return replace(work, programs=math.prod(launch.grid))
 
 
-def _step(launch: Any, touches: tuple[Touch, ...]) -> Work:
-    """step_kernel of kernels/gpu/denoise_loop.py: per program BM tokens, all of the width.
+def _activate(launch: Any, touches: tuple[Touch, ...]) -> Work:
+    """activate_kernel: the rows of the conditions are read for each of its diffusion steps."""
+    work, base, (_, steps) = _rows(launch, touches), launch.argument("base_ptr"), launch.grid
+    return replace(work, moved=work.moved + (steps - 1) * base.numel() * base.element_size())
 
-    Each half reads its rows of the stream, their scales and the panel of the final layer (twice
-    for the conditional one: eps and variance); then the next input projection writes its rows.
+
+def _in_place(launch: Any, touches: tuple[Touch, ...]) -> Work:
+    """convolution_residual_kernel: its first tensor is read and written."""
+    written = replace(touches[0], writes=True)
+    return _rows(launch, (*touches, written))
+
+
+def _step(launch: Any, touches: tuple[Touch, ...]) -> Work:
+    """step_kernel: BM tokens of all halves and TILES tiles of the next stream, or one of the two.
+
+    The end reads the rows of the final layer's operand and its weight, whatever columns a program
+    has; the beginning waits for the new x, then for its moments, then for the input projection.
     """
     given, options = launch.argument, launch.options
-    width, tile, channels = int(given("width")), options["BM"], options["CHANNELS"]
-    halves, programs = options["HALVES"], math.prod(launch.grid)
+    width, channels, padded = int(given("width")), int(given("channels")), options["CHANNELS"]
+    tile, halves, programs = options["BM"], options["HALVES"], math.prod(launch.grid)
     operand = given("final_ptr").element_size()
-    depth = -(-width // options["BK"]) * options["BK"]
-    number = given("h_ptr").element_size() + given("scale_ptr").element_size()
-    loads = depth * (halves * tile * number + (halves + 1) * channels * operand)
-    flops = 2 * tile * channels * depth * (halves + 1)
-    if (out := given("out_ptr")) is not None:
-        copy = given("copy_ptr")
-        stored = out.element_size() + (0 if copy is None else copy.element_size())
-        loads += width * (tile * stored + channels * operand)
-        flops += 2 * tile * channels * width
-    per_turn = options["BK"] * (tile * number + 2 * channels * operand)
+    loads = flops = in_flight = 0.0
+    if given("h_ptr") is not None:
+        a_turn = options["BK"] * operand * (halves * tile + 2 * channels)
+        loads += a_turn * width / options["BK"]
+        flops += 2 * tile * padded * width * (halves + 1)  # eps of each half, one variance
+        in_flight = float(max(options["num_stages"] - 1, 1) * a_turn)
+    begins = given("out_ptr") is not None
+    if begins:
+        columns = min(width, options["TILES"] * options["BN"])
+        loads += columns * (channels * operand + tile * (4 + 2 * halves * operand))
+        flops += 2 * tile * padded * (columns + padded)
     return Work(
-        "step",
+        launch_name(launch),
         programs,
-        flops=float(programs * flops),
-        moved=float(programs * loads),
+        flops=programs * flops,
+        moved=programs * loads,
         touches=touches,
         dtype=given("final_ptr").dtype,
         kind="triton",
-        in_flight=float(max(options.get("num_stages", 1) - 1, 1) * per_turn),
-        weights=float(programs * depth * (halves + 1) * channels * operand),
+        in_flight=in_flight,
+        trips=4 if begins else 2,
     )
 
 
 KERNELS: dict[str, Callable[[Any, tuple[Touch, ...]], Work]] = {
-    "gemm_kernel": _gemm,
+    "activate_kernel": _activate,
+    "convolution_residual_kernel": _in_place,
     "step_kernel": _step,
 }
 
 
 def launch_name(launch: Any) -> str:
-    """Name of the kernel, and what sets products apart: normalised, gated or plain."""
-    name = str(launch.name).removesuffix("_kernel")
-    if name != "gemm":
-        return name
-    if launch.argument("gate_ptr") is not None:
-        return "gemm gated"
-    return "gemm plain" if launch.argument("statistics_ptr") is None else "gemm normalised"
+    """Name of the kernel."""
+    return str(launch.name).removesuffix("_kernel")
 
 
 def launched(launch: Any, known: Callable[[Tensor], bool]) -> Work:

@@ -349,4 +349,5 @@ _PRODUCTS: Mapping[str, Product] = {
     "bmm": _mm,
     "baddbmm": _mm,
     "convolution": _convolution,
+    "_convolution": _convolution,
 }
