@@ -6,7 +6,6 @@ A short list here; `make test-compile` takes every architecture and dtype.
 from __future__ import annotations
 
 import ast
-import math
 import os
 import subprocess
 import sys
@@ -18,8 +17,6 @@ from budget import (
     ARCHS,
     DTYPES,
     NVIDIA,
-    REGISTER_FILE,
-    SHARED_LIMIT,
     Budget,
     Row,
     budget_problems,
@@ -29,8 +26,6 @@ from budget import (
     write_budget,
 )
 from compiled import LAUNCHES, ROOT, TESTS, Measured, load_launches, measure, unusable
-
-from fastfar.kernels.gpu._configs import config
 
 REASON = unusable()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
@@ -102,31 +97,6 @@ def test_the_budget_covers_the_grid_and_keeps_to_the_limits() -> None:
     }
     assert covered == wanted, "run `make budget`"
     assert not [problem for row in rows for problem in hard_problems(row)]
-
-
-@pytest.mark.parametrize("arch", NVIDIA)
-def test_the_two_branches_of_the_denoising_loop_fit_beside_each_other(arch: str) -> None:
-    """A program of the modulations and one of the serial chain, on one multiprocessor."""
-    rows = [
-        row
-        for row in read_budget().rows
-        if (row.op, row.arch, row.dtype) == ("denoise_loop", arch, "bf16")
-        and row.kernel == "gemm_kernel"
-    ]
-    tiles = {kind: config(f"gemm_{kind}", ARCHS[arch], 2) for kind in ("modulations", "gated")}
-
-    def of(kind: str) -> list[Row]:
-        wanted, warps = tiles[kind].tiles, tiles[kind].num_warps
-        text = " ".join(f"{name}={wanted[name]}" for name in ("BM", "BN", "BK"))
-        return [r for r in rows if text in r.constants and r.threads == 32 * warps]
-
-    assert of("modulations") and of("gated")
-    for large in of("modulations"):
-        for small in of("gated"):
-            registers = [math.ceil(r.registers / 8) * 8 * r.threads for r in (large, small)]
-            assert sum(registers) <= REGISTER_FILE, (large.name, small.name)
-            # 1 KB of each block's shared memory is the system's.
-            assert large.shared + small.shared + 2048 <= SHARED_LIMIT[arch] + 1024
 
 
 # --- the proof itself ------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from fastfar.costs import counts
 from fastfar.decoding import decode_latents
 from fastfar.kl_vae import KLVAE
 from fastfar.model import FAR
-from fastfar.noise import NoiseSource, TensorNoise, seeded_noise
+from fastfar.noise import NoiseSource, seeded_noise
 from fastfar.plan import SamplingPlan
 from fastfar.prepared import prepare_native
 from fastfar.profiling import annotate
@@ -178,7 +178,7 @@ class Weights:
         """Latent and image of one label: of small models in float64, else in float32."""
         if plan not in self._truths:
             exact = torch.float64 if self.small else torch.float32
-            labels_B, noise = labels_of(1, self.config.num_classes), drawn(self, plan, 1)
+            labels_B, noise = labels_of(1, self.config.num_classes), seeded(self, 1)
             latent = sample_latents(
                 self.model, labels_B, plan, noise, backend="reference", dtype=exact
             )
@@ -227,15 +227,26 @@ def labels_of(batch: int, num_classes: int) -> Tensor:
     return torch.arange(batch) % num_classes
 
 
-def drawn(weights: Weights, plan: SamplingPlan, batch: int) -> TensorNoise:
-    """All noise of a run, on the device; a function of `SEED` alone."""
-    config, device = weights.config, weights.device
-    source = seeded_noise(SEED, batch, config.num_tokens, config.token_dim)
-    return TensorNoise(
-        [source.initial(k).to(device) for k in range(len(plan))],
-        [source.steps(k, steps).to(device) for k, steps in enumerate(plan.diffusion_steps)],
-        source.order().to(device),
-    )
+def seeded(weights: Weights, batch: int) -> NoiseSource:
+    """The noise of a run, a function of `SEED` alone; drawn on the host as the run asks for it."""
+    return seeded_noise(SEED, batch, weights.config.num_tokens, weights.config.token_dim)
+
+
+@dataclass(frozen=True)
+class _OnDevice:
+    """A noise source whose answers lie on a device."""
+
+    source: NoiseSource
+    device: torch.device
+
+    def initial(self, step: int) -> Tensor:
+        return self.source.initial(step).to(self.device)
+
+    def steps(self, step: int, count: int) -> Tensor:
+        return self.source.steps(step, count).to(self.device)
+
+    def order(self) -> Tensor:
+        return self.source.order().to(self.device)
 
 
 def pixels(images: Tensor) -> Tensor:
@@ -285,8 +296,8 @@ class FARSubject:
         return labels_of(batch, self.weights.config.num_classes)
 
     def draw(self, batch: int) -> NoiseSource:
-        """All noise of a run, drawn ahead."""
-        return drawn(self.weights, self.sampling_plan, batch)
+        """A seeded source; drawing is part of the run, as it is for a user."""
+        return seeded(self.weights, batch)
 
     def run(self, labels_B: Tensor, source: NoiseSource) -> Tensor:
         """Latents of the labels."""
@@ -329,7 +340,7 @@ class FARSubject:
     def error(self, plan: SamplingPlan) -> float:
         """Of latent or image, the larger one, to the truth of a plan."""
         truth = self.weights.truth(plan)
-        labels_B, noise = self.labels(1), drawn(self.weights, plan, 1)
+        labels_B, noise = self.labels(1), seeded(self.weights, 1)
         latent = self._run(labels_B, noise, plan)
         return max(map(distance, (latent, self.decode(latent)), truth))
 
@@ -368,8 +379,10 @@ class FARSubject:
     def _run(self, labels_B: Tensor, noise: NoiseSource, plan: SamplingPlan) -> Tensor:
         form, dtype, network = self.form, self.dtype, self.weights.network(self.form, self.dtype)
         if form in PUBLISHED:
+            noise = _OnDevice(noise, self.device)
             return self._published(network, labels_B, noise, plan)
         if form == "compile":
+            noise = _OnDevice(noise, self.device)
             if self._compiled is None:
                 self._compiled = Compiled(network, dtype)
             return self._compiled(labels_B, noise, plan)

@@ -60,7 +60,6 @@ class Row:
         samples_s: every sample, to pixels, one per round (ops: mean of as many calls as fill it).
         tokens_samples_s, decode_samples_s: its two parts, stage one and decoding to pixels.
         median_s, p5_s, p10_s, p90_s, p95_s: of samples_s. p50 is the median.
-        noise_s: seconds of drawing the noise, which is in none of the samples; None: it is in.
         images_per_s: batch / median; None for an op.
         peak_flops_per_s: what the machine gave around each sample (`timing.around`), in `dtype`.
         peak_kind: of which products: "registers" or "torch.matmul" (`peak.kind`).
@@ -107,7 +106,6 @@ class Row:
     cold_s: float | None = None
     tokens_samples_s: tuple[float, ...] = ()
     decode_samples_s: tuple[float, ...] = ()
-    noise_s: float | None = None
     peak_flops_per_s: tuple[float, ...] = ()
     peak_kind: str = ""
     reference_flops: int | None = None

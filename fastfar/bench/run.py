@@ -295,7 +295,6 @@ class _Rounds:
         self.ready = {each.subject.key: each for each in ready}
         self.parts: dict[str, list[tuple[float, float]]] = {key: [] for key in self.ready}
         self.memory: dict[str, int] = {}
-        self.noise_s: dict[str, float | None] = {}
         self.last = ""
         self.contenders = {key: self._contender(each) for key, each in self.ready.items()}
         self.written: set[str] = set()
@@ -322,9 +321,7 @@ class _Rounds:
     def _contender(self, ready: _Ready) -> Contender:
         subject, device, batch = ready.subject, self.group.device, self.batch
         labels_B = subject.labels(batch)
-        start = now(device)
         source = subject.draw(batch)
-        self.noise_s[subject.key] = None if source is None else now(device) - start
 
         def seconds() -> float:
             if device.type == "cuda":
@@ -394,7 +391,6 @@ class _Rounds:
             tokens_samples_s=tuple(first for first, _ in parts),
             decode_samples_s=tuple(second for _, second in parts),
             cold_s=ready.cold_s if batch == group.options.batches[0] else None,
-            noise_s=self.noise_s[subject.key],
             peak_flops_per_s=tuple(sample.peak for sample in samples),
             peak_kind=peak.kind(subject.dtype, group.device),
             reference_flops=subject.reference_flops(batch),

@@ -64,7 +64,7 @@ class Subject(Protocol):
         """(B,) int64 classes to make images of."""
 
     def draw(self, batch: int) -> Any:
-        """Source of the random numbers: drawn ahead where the subject takes that."""
+        """Source of the random numbers, drawn as the run asks for them."""
 
     def run(self, labels_B: Tensor, source: Any) -> Tensor:
         """Stage one: what `decode` takes."""

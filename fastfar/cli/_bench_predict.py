@@ -105,9 +105,7 @@ def as_data(prediction: Prediction, published: Published, config: FARConfig) -> 
         "stages": stages,
         "seconds": prediction.seconds,
         "images_per_s": prediction.batch / prediction.seconds,
-        "head_one_branch_s": prediction.head_one_branch,
-        "head_two_branches_s": prediction.head_two_branches,
-        "head_persistent_s": prediction.head_persistent,
+        "head_s": prediction.head,
         "head_roofline": prediction.head_roofline,
         "steps_ahead": [head.chunk for head in prediction.heads],
         "launches_per_step": prediction.launches_per_step,
@@ -139,15 +137,6 @@ def as_text(prediction: Prediction, published: Published, config: FARConfig) -> 
             if t.launches
         ),
     )  # fmt: skip
-    head = Table(
-        "Head",
-        ("head", "time"),
-        (
-            ("one branch: modulations, then their steps", duration(p.head_one_branch)),
-            ("two branches, sharing the GPU perfectly", duration(p.head_two_branches)),
-            ("chain as one persistent kernel (not built)", duration(p.head_persistent)),
-        ),
-    )
     step, image = published.step, published.image
     ways = Table(
         "Ways",
@@ -176,5 +165,5 @@ def as_text(prediction: Prediction, published: Published, config: FARConfig) -> 
         f"executed {p.total.flops / 1e12:.1f} T with padding"
     )
     modulations = f"modulations of {chunks} diffusion steps at once"
-    parts: list[str | Table] = [stages, "", modulations, head, "", ways, "", summary, reached]
+    parts: list[str | Table] = [stages, "", modulations, "", ways, "", summary, reached]
     return "\n".join(part if isinstance(part, str) else tables.as_text(part) for part in parts)

@@ -17,7 +17,7 @@ Tensor peaks are dense, with float32 sums. Sources:
     memory_share  a copy of 1 GiB on an H100 reads and writes 2.33 TB/s of 3.35 [measured]
     l2            x * 2 out of place, 8 and 16 MB each way: 4.0 and 7.7 us in a CUDA graph on an H100
                   [measured]; without the 1.22 us of a kernel that does next to nothing 6.0 and 5.2
-                  TB/s. 5.5 it is, 0.59 of 5120 bytes per clock
+                  TB/s. 6.0 it is, as our kernels move a few MB each: 0.64 of 5120 bytes per clock
     launch_gap    the denoising loop of FAR-H takes 79.3 us a diffusion step in a CUDA graph on an
                   H100, its 13.4 kernels 75.7 by the profiler [measured]
     latency       what is left of those 1.22 us, halved: one load, one store
@@ -99,7 +99,7 @@ _H100 = GPU(
     fp32=66.9e12,
     memory=3.35e12,
     l2_size=50e6,
-    l2=5.5e12,  # [derived], see above
+    l2=6e12,  # [derived], see above
     sms=132,
     clock=1.83e9,  # [derived] 989.4e12 / (132 SMs * 4096 FLOP per clock)
     sm_bytes=64,  # [published] per clock and SM on Volta to Hopper
@@ -125,7 +125,7 @@ GPUS: dict[str, GPU] = {
             fp32=44e12,
             memory=4.0e12,
             l2_size=60e6,
-            l2=5.5e12,  # [assumed] the L2 of H100
+            l2=6e12,  # [assumed] the L2 of H100
             sms=78,
             clock=1.83e9,  # [assumed] that of H100
             sm_bytes=64,
@@ -144,7 +144,7 @@ GPUS: dict[str, GPU] = {
             fp32=19.5e12,
             memory=2.04e12,
             l2_size=40e6,
-            l2=4.2e12,  # [derived] 0.59 of 5120 bytes per clock (white paper), as on H100
+            l2=4.6e12,  # [derived] 0.64 of 5120 bytes per clock (white paper), as on H100
             sms=108,
             clock=1.41e9,
             sm_bytes=64,
@@ -163,7 +163,7 @@ GPUS: dict[str, GPU] = {
             fp32=75e12,
             memory=8.0e12,
             l2_size=126e6,
-            l2=11e12,  # [assumed] two dies, each with the L2 of H100
+            l2=12e12,  # [assumed] two dies, each with the L2 of H100
             sms=148,
             clock=1.86e9,  # [derived] 2250e12 / (148 SMs * 8192 FLOP per clock)
             sm_bytes=64,  # [assumed]

@@ -346,6 +346,10 @@ KERNELS: dict[str, Callable[[Any, tuple[Touch, ...]], Work]] = {
 }
 
 
+# Arguments that a kernel of the head writes whole, in buffers that are used again and again.
+RESULTS = ("out_ptr", "out_MW", "stream_ptr", "stream_MW", "new_x_ptr", "new_x0_ptr")
+
+
 def launch_name(launch: Any) -> str:
     """Name of the kernel."""
     return str(launch.name).removesuffix("_kernel")
@@ -354,9 +358,13 @@ def launch_name(launch: Any) -> str:
 def launched(launch: Any, known: Callable[[Tensor], bool]) -> Work:
     """What a recorded launch does.
 
-    known: whether a tensor was there before, and so is read; else it is a result. Kernels without
-        an entry in `KERNELS` are taken to read or write each tensor once.
+    known: whether a tensor was there before, and so is read; else, and in `RESULTS`, it is written.
+        Kernels without an entry in `KERNELS` are taken to read or write each tensor once.
     """
-    tensors = [x for x in launch.args if isinstance(x, Tensor)]
-    touches = tuple(touch(x, writes=not known(x)) for x in tensors)
+    named = zip(launch.kernel.arg_names, launch.args, strict=False)
+    touches = tuple(
+        touch(x, writes=name in RESULTS or not known(x))
+        for name, x in named
+        if isinstance(x, Tensor)
+    )
     return KERNELS.get(str(launch.name), _rows)(launch, touches)

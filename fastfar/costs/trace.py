@@ -125,6 +125,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if key in self._cast:
                 return self._cast[key]
         out = func(*args, **kwargs)
+        if "convolution" in func.__name__ and _channels_last(args[0]):
+            out = torch.empty_like(out, memory_format=torch.channels_last)  # as cuDNN answers
         if key is not None:
             self._cast[key] = out
         self._library(func, args, kwargs, out)
@@ -195,6 +197,10 @@ def _on_host(args: tuple[Any, ...], kwargs: Any) -> bool:
     return not fake and all(x.type != "cuda" for x in devices)
 
 
+def _channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
 class _Whole(TorchFunctionMode):
     """Keeps whole what fake tensors would take apart, and what needs a CUDA build of PyTorch."""
 
@@ -209,6 +215,10 @@ class _Whole(TorchFunctionMode):
             return self.tracer.attention(*args[:3])
         if func is Tensor.__getitem__ and args[0].is_cuda:
             return _indexed(*args)
+        if func is Tensor.contiguous and args[0].is_cuda:
+            layout = (kwargs or {}).get("memory_format", torch.contiguous_format)
+            same = args[0].is_contiguous(memory_format=layout)
+            return args[0] if same else args[0].clone(memory_format=layout)
         return func(*args, **(kwargs or {}))
 
 

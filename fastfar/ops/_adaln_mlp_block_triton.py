@@ -213,8 +213,8 @@ def adaln_mlp_block(
     vectors = [x.contiguous() for x in (norm_weight, norm_bias, fc1_bias, fc2_bias)]
     norm_weight, norm_bias, fc1_bias, fc2_bias = vectors
     fc1_weight, fc2_weight = (x.to(dtype).contiguous() for x in (fc1_weight, fc2_weight))
-    tensors = (_rows.rows(x_NW), *modulations, norm_weight, norm_bias, fc1_weight, fc1_bias,
+    tensors: Any = (_rows.rows(x_NW), *modulations, norm_weight, norm_bias, fc1_weight, fc1_bias,
                fc2_weight, fc2_bias)  # fmt: skip
-    run = _forward if _rows.recorded(*tensors) or traced() else _run_forward
+    run: Any = _forward if _rows.recorded(*tensors) or traced() else _run_forward
     out_NW: Tensor = run(*tensors, eps)[0]
     return out_NW

@@ -291,7 +291,7 @@ def activate(base_MW: Any, time_CW: Any, out_XW: Any, *, arch: int) -> None:
 
 
 def add_silu(y_MW: Any, addend_MW: Any, out_MW: Any, *, arch: int) -> None:
-    """out = silu(y + addend); addend may be a slice of a wider matrix, the others are contiguous."""
+    """out = silu(y + addend), (M, w) each; addend may be a slice of a wider matrix."""
     rows, width = y_MW.shape
     options = row_options(width, arch)
     launch(
@@ -359,7 +359,7 @@ def step(
 
     [eps | v] = h W_f^T + addend per row; eps = eps_u + s (eps_c - eps_u);
     x0 = t0 x - t1 eps, bounded; x = t2 x + t3 x0 + t4 x0_previous + t7 exp(log var / 2) noise with
-    log var = f t6 + (1 - f) t5, f = (v + 1) / 2; then stream = x W^T + b and out = LN(stream) scale.
+    log var = f t6 + (1 - f) t5, f = (v + 1) / 2; then stream = x W^T + b, out = LN(stream) scale.
 
     Args:
         h_MW: (M, w) normalised and scaled operand of the final layer; None begins only, and what

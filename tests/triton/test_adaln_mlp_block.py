@@ -16,7 +16,6 @@ from guarded import guarded, outputs
 from native_training import opcheck_of
 from tolerances import assert_close_to_reference, relative, with_gap
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastfar import reference
 from fastfar.ops import adaln_mlp_block

@@ -124,11 +124,14 @@ def test_columns_shared_or_not(many: int, share: int, monkeypatch: pytest.Monkey
     options: dict[str, Any] = {"guidance_scale": 2.0, "temperature": 1.0, "x0_range": (-1.5, 2.0)}
     expected = run(head, *args[1:], **options)
     monkeypatch.setattr(module, "MANY_PROGRAMS", many)
-    grids = []
+    grids: list[tuple[int, ...]] = []
     launch = module.launch
-    monkeypatch.setattr(
-        module, "launch", lambda kernel, grid, *a, **o: (grids.append(grid), launch(kernel, grid, *a, **o))
-    )  # fmt: skip
+
+    def noted(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        grids.append(grid)
+        launch(kernel, grid, *args, **options)
+
+    monkeypatch.setattr(module, "launch", noted)
     assert torch.equal(run(head, *args[1:], **options), expected)
     assert (2, share) in grids
 
