@@ -3,7 +3,7 @@
 Marks: [data sheet] the vendor's figure; [measured] by us on an H100 80GB HBM3 (PyTorch 2.11, CUDA
 13.0, Triton 3.6), see benchmarks/LOG.md; [published] by somebody else who measured it; [derived]
 arithmetic on these; [assumed] our guess, to be replaced by a measurement. A [measured] figure fits
-what it was taken from by construction: tests/test_costs.py says what else it is held against.
+what it was taken from by construction; tests/test_costs_measured.py holds it against other things.
 
 Tensor peaks are dense, with float32 sums. Sources:
     H100, H200    NVIDIA data sheets (half of the figures "with sparsity")
@@ -15,9 +15,9 @@ Tensor peaks are dense, with float32 sums. Sources:
                   the peak, stas00/ml-engineering (MAMF table) [published]: A100 271 of 312, B200
                   1745 of 2250 (H100 795 of 989)
     memory_share  a copy of 1 GiB on an H100 reads and writes 2.33 TB/s of 3.35 [measured]
-    l2            x * 2 out of place, 8 and 16 MB each way: 4.0 and 7.7 us in a CUDA graph on an H100
-                  [measured]; without the 1.22 us of a kernel that does next to nothing 6.0 and 5.2
-                  TB/s. 6.0 it is, as our kernels move a few MB each: 0.64 of 5120 bytes per clock
+    l2            x * 2 out of place, 8 and 16 MB each way: 4.0 and 7.7 us in a CUDA graph on an
+                  H100 [measured]; without the 1.22 us of a kernel that does next to nothing 6.0 and
+                  5.2 TB/s. 6.0 it is, as our kernels move a few MB each: 0.64 of 5120 bytes a clock
     launch_gap    the denoising loop of FAR-H takes 79.3 us a diffusion step in a CUDA graph on an
                   H100, its 13.4 kernels 75.7 by the profiler [measured]
     latency       what is left of those 1.22 us, halved: one load, one store
@@ -29,9 +29,9 @@ from dataclasses import dataclass
 
 import torch
 
-# Host time of an eager PyTorch call with the Python around it [derived: the published way takes 2.36
-# s an image beside an H100 (FAR-H, T = 100, with decoding) [measured]; hosts differ], and of a
-# blocking copy of a small tensor from pageable memory [assumed].
+# Host time of an eager PyTorch call with the Python around it [derived: the published way takes
+# 2.36 s an image beside an H100 (FAR-H, T = 100, with decoding); hosts differ], and of a blocking
+# copy of a small tensor from pageable memory [assumed].
 EAGER_CALL = 22e-6
 BLOCKING_COPY = 12e-6
 

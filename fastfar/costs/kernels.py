@@ -16,9 +16,10 @@ last store) and the gap to the next kernel. Where those are longer than the rest
 
 Left out: instructions other than products (exponentials, address arithmetic), how long a product of
 few rows takes from its operands to its sums, bank conflicts, register pressure, uneven clocks, the
-two halves of an L2, and that a kernel's bounds overlap imperfectly. So a prediction is a lower
-bound of sorts: on an H100 kernels that only move rows take about a third longer, and `step_kernel`,
-a chain of small products, two to three times as long (tests/test_costs.py).
+two halves of an L2, the longer latency of memory, and that a kernel's bounds overlap imperfectly.
+So a prediction is a lower bound of sorts. On an H100 it is a third too low for kernels that only
+move rows, by half for `step_kernel`, a chain of small products, and a fifth for FAR-H's denoising
+loop; products are 5 to 20 % faster than predicted (tests/test_costs_measured.py).
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from fastfar.costs.gpus import GPU
 
 BOUNDS = ("tensor", "SM", "L2", "memory", "launch")
 
-# Tiles among which cuBLAS and cuDNN are assumed to take the fastest for a shape; from Hopper on there
-# are more, of which a profile of FAR-H shows these.
+# Tiles among which cuBLAS and cuDNN are assumed to take the fastest for a shape; from Hopper on
+# there are more, of which a profile of FAR-H shows these.
 LIBRARY_TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64))
 HOPPER_TILES = (*LIBRARY_TILES, (192, 192), (128, 160), (160, 128), (112, 64), (64, 112))
 ATTENTION_TILE = 128  # queries of a program of flash attention [assumed]
