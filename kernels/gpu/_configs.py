@@ -58,7 +58,7 @@ _TABLE: dict[tuple[str, int], dict[int, Config]] = {
     ("activate", 2): {0: _c(BM=32, BN=64), 80: _c(4, 1, BM=4, BN=1024)},
     ("activate", 4): {0: _c(BM=32, BN=64), 80: _c(4, 1, BM=4, BN=1024)},
     ("step", 2): {0: _c(BM=16, BN=64, BK=64), 80: _c(4, 3, BM=16, BN=128, BK=128)},
-    ("step", 4): {0: _c(BM=16, BN=64, BK=64), 80: _c(4, 2, BM=16, BN=64, BK=32)},
+    ("step", 4): {0: _c(BM=16, BN=64, BK=64), 80: _c(4, 2, BM=16, BN=64, BK=16)},
 }
 
 

@@ -379,8 +379,12 @@ def step(
     """
     (tokens, channels), width = x_NP.shape, final_2PW.shape[1]
     chosen = config("step", arch, final_2PW.element_size())
-    token_tiles = triton.cdiv(tokens, chosen.tiles["BM"])
-    columns = triton.cdiv(width, chosen.tiles["BN"])
+    options = chosen.options
+    even = width % options["BK"] == 0
+    if not even:  # masks take registers
+        options["BK"] = max(16, options["BK"] // 4)
+    token_tiles = triton.cdiv(tokens, options["BM"])
+    columns = triton.cdiv(width, options["BN"])
     if out_MW is None or token_tiles * columns >= MANY_PROGRAMS:
         share = 1
     else:
@@ -414,8 +418,8 @@ def step(
         eps,
         HALVES=halves,
         CHANNELS=max(16, triton.next_power_of_2(channels)),  # what a product takes
-        EVEN_K=width % chosen.tiles["BK"] == 0,
+        EVEN_K=even,
         TILES=triton.cdiv(columns, share),
         PRECISION="ieee",  # of float32: errors of eps grow by 20,000 in the first steps
-        **chosen.options,
+        **options,
     )
