@@ -322,8 +322,9 @@ class WellRun:
 def _prepare(block: Block) -> _Prepared:
     """The block's layers prepared; packed weights take the place of its parameters."""
     attention, ffn = block.attn, block.ffn
+    weight = attention.mat_qkv.weight
     prepared = _Prepared(
-        qkv=PreparedLinear(attention.mat_qkv.weight, attention.qkv_bias()),
+        qkv=PreparedLinear(weight, attention.qkv_bias().to(weight.dtype)),
         proj=PreparedLinear(attention.proj.weight, attention.proj.bias),
         fc1=PreparedLinear(ffn.fc1.weight, ffn.fc1.bias, gelu=True),
         fc2=PreparedLinear(ffn.fc2.weight, ffn.fc2.bias),

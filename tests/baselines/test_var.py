@@ -233,8 +233,13 @@ def logits_of_given_maps(baseline: VAR, scales: int = 5) -> Tensor:
     return torch.cat(found, dim=1)
 
 
-def test_rounding_errors_of_the_forms_are_alike() -> None:
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "as on a GPU"])
+def test_rounding_errors_of_the_forms_are_alike(
+    packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """bfloat16 against each form's own float32: within a factor of 2 of one another."""
+    if not packed:
+        monkeypatch.setattr("fastfar.baselines._linear.can_pack", lambda weight: False)
     errors = {}
     for form in FORMS:
         exact, half = (logits_of_given_maps(small(form, d)) for d in (torch.float32, BF16))
