@@ -23,7 +23,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +142,7 @@ def architecture(device: torch.device | str) -> int:
     if device.type != "cuda":
         return 0
     described = _described.get()
-    return _probe_architecture(device) if described is None else described[0]
+    return _probe_architecture(device) if described is None else described
 
 
 @functools.cache
@@ -154,20 +153,6 @@ def _probe_architecture(device: torch.device) -> int:
         return int(number) if number.isdecimal() else 910
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
-
-
-@dataclass(frozen=True)
-class GPUFacts:
-    """What the launchers ask of a GPU: bytes of its L2 cache, number of multiprocessors."""
-
-    l2_bytes: int
-    multiprocessors: int
-
-
-def gpu_facts(device: torch.device | str) -> GPUFacts:
-    """Of a GPU; for a CPU, or a GPU that is not there, those of an H100."""
-    described = _described.get()
-    return _probe_gpu(torch.device(device)) if described is None else described[1]
 
 
 def gpu_description(device: torch.device | str) -> dict[str, Any] | None:
@@ -192,28 +177,20 @@ def _version(package: str) -> str | None:
         return None
 
 
-_described: ContextVar[tuple[int, GPUFacts] | None] = ContextVar("fastfar_gpu", default=None)
+_described: ContextVar[int | None] = ContextVar("fastfar_gpu", default=None)
 
 
 @contextmanager
-def described_gpu(arch: int, facts: GPUFacts) -> Iterator[None]:
-    """Take every CUDA device inside for one of these figures.
+def described_gpu(arch: int) -> Iterator[None]:
+    """Take every CUDA device inside for one of this architecture.
 
     For launches that are recorded on fake tensors (proofs, cost model), never for a run.
     """
-    token = _described.set((arch, facts))
+    token = _described.set(arch)
     try:
         yield
     finally:
         _described.reset(token)
-
-
-@functools.cache
-def _probe_gpu(device: torch.device) -> GPUFacts:
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return GPUFacts(l2_bytes=50 * 2**20, multiprocessors=132)
-    properties = torch.cuda.get_device_properties(device)
-    return GPUFacts(int(properties.L2_cache_size), int(properties.multi_processor_count))
 
 
 # --- choices ---------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fastfar import diffusion, levels
 from fastfar._weights import skeleton
-from fastfar.backend import GPUFacts, described_gpu
+from fastfar.backend import described_gpu
 from fastfar.config import FARConfig
 from fastfar.model import FAR
 from fastfar.ops import _denoise_triton
@@ -149,7 +149,7 @@ def own_tables() -> Iterator[None]:
 @contextmanager
 def fake_cuda() -> Iterator[None]:
     """Tensors made inside are fake ones; make them on "cuda". Tables of the host are real."""
-    h100 = described_gpu(90, GPUFacts(l2_bytes=50 * 2**20, multiprocessors=132))
+    h100 = described_gpu(90)
     with own_tables(), h100, FakeTensorMode(allow_non_fake_inputs=True), _Methods():
         yield
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastfar import _packages, backend, reference
-from fastfar.backend import GPUFacts, described_gpu
+from fastfar.backend import described_gpu
 from fastfar.cli import main
 from fastfar.config import FARConfig
 from fastfar.model import FAR
@@ -158,7 +158,7 @@ def test_the_op_reaches_the_package_on_a_gpu(
     name: str, packages: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On fake tensors of an H100, deterministic where PyTorch is."""
-    with described_gpu(90, GPUFacts(1, 1)), FakeTensorMode():
+    with described_gpu(90), FakeTensorMode():
         qkv = torch.empty(2, 320, 3, 16, 80, dtype=torch.bfloat16, device="cuda")
         out = attention(qkv, implementation=name)
         assert out.shape == (2, 320, 1280) and out.dtype == qkv.dtype and out.device == qkv.device
@@ -318,7 +318,7 @@ def test_doctor_shows_every_one(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_report_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "best_dtype", lambda *_: torch.bfloat16)
-    with installed(monkeypatch, "flash_attn_2"), described_gpu(80, GPUFacts(1, 1)):
+    with installed(monkeypatch, "flash_attn_2"), described_gpu(80):
         report = _attention.report("cuda")
     assert report["auto"]["sampling"] == {"name": "sdpa", "why": "auto"}
     usable = {name for name, reason in report["backends"].items() if reason is None}

@@ -251,10 +251,9 @@ def tracing(gpu: GPU, autocast: torch.dtype | None = None) -> Iterator[Tracer]:
     autocast: dtype of `torch.autocast` for CUDA, which cannot be turned on as usual without CUDA.
     """
     launching = importlib.import_module("fastfar.kernels.gpu._launch")
-    facts = backend.GPUFacts(int(gpu.l2_size), gpu.sms)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(backend.described_gpu(gpu.arch, facts))
+        stack.enter_context(backend.described_gpu(gpu.arch))
         stack.enter_context(profiling.ranges())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         tracer = Tracer(gpu, stack.enter_context(launching.recording()))

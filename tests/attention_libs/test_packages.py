@@ -23,7 +23,7 @@ from attention_packages import BASE, STAND_INS, forget_choices
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastfar import _packages
-from fastfar.backend import ATTENTIONS, GPUFacts, described_gpu
+from fastfar.backend import ATTENTIONS, described_gpu
 from fastfar.ops import attention
 from fastfar.ops._attention import REGISTRY
 from fastfar.ops._attention_backends import HALF, _bias
@@ -113,7 +113,7 @@ def test_head_widths_of_flash_attn_4(
 
 
 def test_flash_attn_4_compiles_the_forward_for_sm_90(cute: tuple[ModuleType, Path]) -> None:
-    with described_gpu(90, GPUFacts(1, 1)), FakeTensorMode():
+    with described_gpu(90), FakeTensorMode():
         qkv = torch.empty(2, 320, 3, 16, 80, dtype=torch.bfloat16, device="cuda")
         out = attention(qkv, implementation="flash_attn_4")
         assert out.shape == (2, 320, 1280) and out.dtype == qkv.dtype

@@ -167,10 +167,9 @@ def _denoise_loop(arch: int, dtype: torch.dtype) -> None:
     from fastfar.ops import denoise_loop
     from fastfar.ops._folded_head import fold_head
 
-    facts = backend.GPUFacts(l2_bytes=50 * 2**20, multiprocessors=132)
     huge = FARConfig.preset("far_huge")
     odd = dataclasses.replace(huge, head_width=200, latent_channels=5, head_depth=1)
-    with torch.no_grad(), backend.described_gpu(arch, facts):
+    with torch.no_grad(), backend.described_gpu(arch):
         for config, batch, halves in ((huge, 1, 1), (huge, 1, 2), (huge, 64, 2), (odd, 1, 2)):
             with torch.device("meta"):
                 shapes = DenoisingMLP(config).state_dict()
