@@ -70,51 +70,29 @@ def _in_graph(latents_BCHW: Tensor) -> bool:
     return not torch.cuda.is_current_stream_capturing()
 
 
-class DecodeGraph:
-    """Decoding of one shape of latents, captured, with its buffers."""
-
-    def __init__(self, vae: KLVAE, latents_BCHW: Tensor, capturer: graphs.Capturer) -> None:
-        self.fingerprint = _fingerprint(vae)
-        self._capturer = capturer
-        self._running = threading.Lock()
-        self._latents_BCHW = latents_BCHW.clone()
-        self._images_BCHW = latents_BCHW.new_empty(0)
-
-        def body() -> None:
-            self._images_BCHW = vae.to_images(self._latents_BCHW)
-
-        (self._replay,) = capturer.capture([body])
-
-    def __call__(self, latents_BCHW: Tensor) -> Tensor:
-        """Images, a tensor of their own."""
-        with self._running, self._capturer.in_turn():
-            self._latents_BCHW.copy_(latents_BCHW)
-            self._replay()
-            return self._images_BCHW.clone()
-
-
 # The last graph of each VAE, and what it is for; made by one thread at a time.
-_graphs: weakref.WeakKeyDictionary[KLVAE, tuple[tuple[object, ...], DecodeGraph]] = (
+_graphs: weakref.WeakKeyDictionary[KLVAE, tuple[tuple[object, ...], graphs.Graphed]] = (
     weakref.WeakKeyDictionary()
 )
 _capturing = threading.Lock()
 
 
-def _graph_of(vae: KLVAE, latents_BCHW: Tensor) -> DecodeGraph:
+def _graph_of(vae: KLVAE, latents_BCHW: Tensor) -> graphs.Graphed:
     """The graph that decodes latents of this shape; captured where there is none, or an old one."""
-    key = (latents_BCHW.shape, latents_BCHW.dtype, latents_BCHW.device)
+    key = (
+        latents_BCHW.shape,
+        latents_BCHW.dtype,
+        latents_BCHW.device,
+        graphs.fingerprint(vae.parameters()),
+    )
     with _capturing:
         kept = _graphs.get(vae)
-        if kept is not None and kept[0] == key and kept[1].fingerprint == _fingerprint(vae):
+        if kept is not None and kept[0] == key:
             return kept[1]
         _graphs.pop(vae, None)  # free the old one's memory first
-        graph = DecodeGraph(vae, latents_BCHW, graphs.CudaCapturer(latents_BCHW.device))
+        graph = graphs.Graphed(vae.to_images, (latents_BCHW,))
         _graphs[vae] = key, graph
         return graph
-
-
-def _fingerprint(vae: KLVAE) -> tuple[int, ...]:
-    return graphs.fingerprint(vae.parameters())
 
 
 # --- copies ----------------------------------------------------------------------------------

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from fastfar import graphs
 from fastfar.baselines._baseline import Baseline, Settings, make, num_parameters
-from fastfar.baselines._graph import Graphed
 from fastfar.baselines._vqgan import attend, attend_published
 from fastfar.baselines.var_transformer import (
     ENDS,
@@ -150,7 +149,7 @@ class VAR(Baseline):
                 part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             self.runner = WellRun(model, compile)
         self._image_of = torch.compile(self.vae, dynamic=False) if compile else self.vae
-        self._graphs: dict[tuple[object, ...], Graphed] = {}
+        self._graphs: dict[tuple[object, ...], graphs.Graphed] = {}
 
     def _tokens(
         self,
@@ -182,7 +181,7 @@ class VAR(Baseline):
         if self.runner.reserve(2 * len(labels_B)):
             self._graphs.clear()  # they were recorded with buffers that are gone
         if key not in self._graphs:
-            self._graphs[key] = Graphed(image, arguments)
+            self._graphs[key] = graphs.Graphed(image, arguments)
         return self._graphs[key](*arguments)
 
     def _image(

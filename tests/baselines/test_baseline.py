@@ -19,8 +19,8 @@ from fastfar import baselines, profiling
 from fastfar.baselines import FORMS, NAMES, Baseline, create
 from fastfar.baselines import _baseline as module
 from fastfar.baselines._baseline import Settings, make, num_parameters
-from fastfar.baselines._graph import Graphed
 from fastfar.baselines._linear import PreparedLinear, can_pack
+from fastfar.graphs import Graphed
 
 BF16 = torch.bfloat16
 
