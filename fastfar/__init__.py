@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fastfar.noise import SeededNoise, TensorNoise
     from fastfar.pipeline import FARPipeline
     from fastfar.plan import SamplingPlan
+    from fastfar.solver import Solver
     from fastfar.sampling import sample_latents
     from fastfar.tokenizer import KLVAE, PixelTokenizer
     from fastfar.training.loss import TrainingDraws, diffusion_loss
@@ -30,6 +31,7 @@ __all__ = [
     "PixelTokenizer",
     "SamplingPlan",
     "SeededNoise",
+    "Solver",
     "TensorNoise",
     "TrainingDraws",
     "__version__",
@@ -46,6 +48,7 @@ _MODULES = {
     "PixelTokenizer": "fastfar.tokenizer",
     "SamplingPlan": "fastfar.plan",
     "SeededNoise": "fastfar.noise",
+    "Solver": "fastfar.solver",
     "TensorNoise": "fastfar.noise",
     "TrainingDraws": "fastfar.training.loss",
     "diffusion_loss": "fastfar.training.loss",

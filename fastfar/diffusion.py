@@ -9,13 +9,13 @@ range variance (eq. 15), hybrid loss (eq. 16), respacing (section 4).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
 
-from fastfar._tables import lookup
+from fastfar._tables import lookup, real_tensors
 
 MAX_BETA = 0.999
 
@@ -70,13 +70,13 @@ class DiffusionTables:
 @lru_cache(maxsize=64)
 def diffusion_tables(steps: int = 1000, num_timesteps: int = 1000) -> DiffusionTables:
     """Tables of the schedule respaced to `steps` steps. Shared and cached: do not write to them."""
-    # They outlive the run that asks for them first, and the next one may want gradients.
-    with torch.inference_mode(False):
-        return _diffusion_tables(steps, num_timesteps)
+    with real_tensors():
+        return tables_at(spaced_timesteps(steps, num_timesteps), num_timesteps)
 
 
-def _diffusion_tables(steps: int, num_timesteps: int) -> DiffusionTables:
-    timestep = spaced_timesteps(steps, num_timesteps)
+def tables_at(timestep: Tensor, num_timesteps: int = 1000) -> DiffusionTables:
+    """Coefficients of ancestral steps at these timesteps alone, (T,) int64 ascending."""
+    steps = len(timestep)
     alpha_bar = cosine_alpha_bar(num_timesteps)[timestep]
     before = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
     beta = 1.0 - alpha_bar / before
@@ -97,15 +97,6 @@ def _diffusion_tables(steps: int, num_timesteps: int) -> DiffusionTables:
     )
 
 
-@lru_cache(maxsize=64)
-def step_coefficients(steps: int, num_timesteps: int = 1000) -> tuple[dict[str, float], ...]:
-    """`diffusion_tables` as plain numbers: entry t holds the coefficients of step t by name."""
-    tables = diffusion_tables(steps, num_timesteps)
-    names = [field.name for field in fields(tables)]
-    columns = [getattr(tables, name).tolist() for name in names]
-    return tuple(dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
-
-
 @cache  # without a bound: what a CUDA graph points to must stay
 def device_table(
     columns: tuple[str, ...],
@@ -121,26 +112,15 @@ def device_table(
         return stacked.to(device, dtype)
 
 
-def update_table(steps: int, num_timesteps: int, temperature: float) -> Tensor:
-    """(T, 8) float32 coefficients of x = a x + b x0 + c x0_previous + s noise, in sampling order.
-
-    Columns: x0 from x, x0 from eps, a, b, c, log variance at v = -1 and at v = 1, factor of the
-    noise; s = factor * exp(log variance / 2). Ancestral DDPM: c = 0, no noise at the last step.
-    """
-    tables = diffusion_tables(steps, num_timesteps)
-    noise = torch.full_like(tables.recip, temperature)
-    noise[0] = 0.0
-    columns = (
-        tables.recip,
-        tables.recip_m1,
-        tables.mean_xt,
-        tables.mean_x0,
-        torch.zeros_like(noise),
-        tables.log_posterior,
-        tables.log_beta,
-        noise,
-    )
-    return torch.stack(columns, dim=1).flip(0).to(torch.float32).contiguous()
+@cache  # as above
+def device_timesteps(
+    timesteps: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """(T,) on a device. Shared and cached: do not write to it."""
+    with real_tensors():
+        timestep_T = torch.tensor(timesteps)
+    with torch.inference_mode(False):
+        return timestep_T.to(device, dtype)
 
 
 @lookup(

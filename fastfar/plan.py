@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fastfar.solver import PUBLISHED, Solver
+
 _LEVELS = {
     "nomask": (0, 2, 3, 4, 5, 6, 7, 8, 9, 10),
     "mask": (0, 12, 12, 4, 5, 6, 7, 8, 9, 10, 11),
@@ -36,6 +38,8 @@ class SamplingPlan:
         mask_ratios: share of masked tokens at the input of each step, floor(L * ratio) of them;
             entry 0 is 1. None samples without masks.
         x0_range: bounds for the predicted clean token at every diffusion step, None as published.
+        solvers: how the head samples at each outer step; one `Solver` serves them all. Anything but
+            the published one is approximate.
 
     Raises:
         ValueError: an entry is missing, out of range or not finite; the text says which.
@@ -51,8 +55,13 @@ class SamplingPlan:
     diffusion_steps: tuple[int, ...]
     mask_ratios: tuple[float, ...] | None = None
     x0_range: tuple[float, float] | None = None
+    solvers: tuple[Solver, ...] = (PUBLISHED,)
 
     def __post_init__(self) -> None:
+        if isinstance(self.solvers, Solver):
+            object.__setattr__(self, "solvers", (self.solvers,))
+        if len(self.solvers) == 1:
+            object.__setattr__(self, "solvers", tuple(self.solvers) * len(self.levels))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, list):
@@ -75,6 +84,8 @@ class SamplingPlan:
                 isinstance(steps, int) and 1 <= steps <= 1000,
                 f"diffusion_steps must be whole numbers in 1..1000, got {steps}",
             )
+        for solver, steps in zip(self.solvers, self.diffusion_steps, strict=True):
+            solver.check(steps)
         self._check_mask()
         if self.x0_range is not None:
             low, high = self.x0_range
@@ -86,7 +97,7 @@ class SamplingPlan:
     def _check_lengths(self) -> None:
         steps = len(self.levels)
         _require(steps >= 1, "a plan needs at least one level")
-        for name in ("input_levels", "guidance_ramp", "temperatures", "diffusion_steps"):
+        for name in ("input_levels", "guidance_ramp", "temperatures", "diffusion_steps", "solvers"):
             given = len(getattr(self, name))
             _require(given == steps, f"{name} has {given} entries, levels has {steps}")
 
@@ -198,20 +209,27 @@ class SamplingPlan:
         *,
         guidance_scale: float | None = None,
         diffusion_steps: int | tuple[int, ...] | None = None,
+        solvers: Solver | tuple[Solver, ...] | None = None,
         **changes: Any,
     ) -> SamplingPlan:
-        """A copy with another guidance scale (same ramp), another T, or any field by name."""
+        """A copy with another guidance scale (same ramp), T or solver, or any field by name."""
         if guidance_scale is not None:
             changes["guidance_scale"] = guidance_scale
         if isinstance(diffusion_steps, int):
             diffusion_steps = (diffusion_steps,) * len(self)
         if diffusion_steps is not None:
             changes["diffusion_steps"] = diffusion_steps
+        if solvers is not None:
+            changes["solvers"] = solvers
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return dataclasses.asdict(self)
+        """Plain values, ready for JSON; solvers only where one is not the published one."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        solvers = values.pop("solvers")
+        if set(solvers) != {PUBLISHED}:
+            values["solvers"] = tuple(solver.to_dict() for solver in solvers)
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplingPlan:
@@ -219,7 +237,10 @@ class SamplingPlan:
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"unknown SamplingPlan entries {unknown}; known are {sorted(known)}")
-        return cls(**values)
+        solvers = values.get("solvers")
+        if solvers is None:
+            return cls(**values)
+        return cls(**{**values, "solvers": tuple(Solver.from_dict(each) for each in solvers)})
 
 
 def cosine_mask_ratios(num_steps: int) -> tuple[float, ...]:

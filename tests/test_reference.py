@@ -57,6 +57,7 @@ def official_plan(mode: str, scale: float, diffusion_steps: int) -> SimpleNamesp
         diffusion_steps=(diffusion_steps,) * n,
         mask_ratios=(1.0, *rise[:-1]) if mask else None,
         x0_range=None,
+        solvers=[None] * len(levels),
     )
 
 

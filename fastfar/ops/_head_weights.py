@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastfar._tables import finish
-from fastfar.diffusion import diffusion_tables, timestep_embedding
+from fastfar.diffusion import device_timesteps, timestep_embedding
 
 TIME_LAYERS = ("time_embed.mlp.0", "time_embed.mlp.2")  # held in float32, as published
 
@@ -24,7 +24,7 @@ class HeadWeights(Mapping[str, Tensor]):
 
     def __init__(self, tensors: dict[str, Tensor], compute_dtype: torch.dtype, depth: int) -> None:
         self._tensors = tensors
-        self._times: dict[tuple[int, int], Tensor] = {}
+        self._times: dict[tuple[int, ...], Tensor] = {}
         self.compute_dtype = compute_dtype
         self.width = len(tensors[f"{TIME_LAYERS[1]}.bias"])
         self.depth = depth
@@ -38,18 +38,17 @@ class HeadWeights(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._tensors)
 
-    def time_embedding(self, steps: int, num_timesteps: int) -> Tensor:
-        """(T, w) float32 of the respaced timesteps, in the order of sampling (most noise first)."""
-        key = (steps, num_timesteps)
-        if key not in self._times:
+    def time_embedding(self, timesteps: tuple[int, ...]) -> Tensor:
+        """(T, w) float32 of these timesteps, in their order."""
+        if timesteps not in self._times:
             device = self[f"{TIME_LAYERS[0]}.weight"].device
             with torch.autocast(device.type, enabled=False):
-                self._times[key] = self._time_embedding(steps, num_timesteps)
+                self._times[timesteps] = self._time_embedding(timesteps)
             finish(device)  # for threads that read it on streams of their own
-        return self._times[key]
+        return self._times[timesteps]
 
-    def _time_embedding(self, steps: int, num_timesteps: int) -> Tensor:
+    def _time_embedding(self, timesteps: tuple[int, ...]) -> Tensor:
         first, second = ((self[f"{n}.weight"], self[f"{n}.bias"]) for n in TIME_LAYERS)
-        timesteps = diffusion_tables(steps, num_timesteps).timestep.flip(0).to(first[0].device)
-        hidden = F.linear(timestep_embedding(timesteps, first[0].shape[1]), *first)
+        timestep_T = device_timesteps(timesteps, first[0].device, torch.float32)
+        hidden = F.linear(timestep_embedding(timestep_T, first[0].shape[1]), *first)
         return F.linear(F.silu(hidden), *second).contiguous()

@@ -11,18 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastfar import _native
-from fastfar.diffusion import (
-    device_table,
-    step_coefficients,
-    timestep_embedding,
-    update_table,
-)
+from fastfar.diffusion import device_timesteps, timestep_embedding
 from fastfar.ops._denoise_triton import denoise
 from fastfar.ops._folded_head import FoldedHead
 from fastfar.ops._head import PackedHead, pack_head
 from fastfar.ops._launch import check, compute_dtype, launch, needs_pytorch
 from fastfar.ops._registry import op
 from fastfar.ops.adaln_mlp_block import adaln_mlp_block
+from fastfar.solver import COLUMNS, PUBLISHED, Moments, Schedule, Solver, schedule, shaped
 
 EPS = 1e-6
 # Rows are independent: blocks of this many keep their modulations in a CPU's cache.
@@ -60,16 +56,20 @@ def denoise_loop(
     temperature: float,
     x0_range: tuple[float, float] | None = None,
     num_timesteps: int = 1000,
+    solver: Solver = PUBLISHED,
+    moments: Moments | None = None,
 ) -> Tensor:
-    """Ancestral sampling of x ~ p(x | z, level) from x_T = initial in T respaced steps.
+    """Sample x ~ p(x | z, level) from x_T = initial in T steps of a diffusion solver.
 
-    Each step: eps = eps_u + s (eps_c - eps_u); x_0 = recip x_t - recip_m1 eps, bounded to
-    x0_range; x = mean_x0 x_0 + mean_xt x_t + temperature * exp(log var / 2) * noise, without
-    noise at the last step. The variance channel is the conditional half's own.
+    Each step: eps = eps_u + s (eps_c - eps_u); x_0 = (x - sigma_t eps) / alpha_t, bounded to
+    x0_range; x = A x + B x_0 + C x_0_previous + S noise, without noise at the last step. Where S
+    is learned, it comes from the variance channel of the conditional half. The published solver is
+    ancestral: C = 0; `fastfar.solver` has the coefficients of all of them.
 
     Exactly equal but cheaper than the published loop: everything that depends on (z, level) or on
     t alone is computed once; both halves share the input projection; the unconditional half's
-    variance is never formed; no half at all where the scale is 1.
+    variance is never formed; no half at all where the scale is 1, or outside the solver's
+    guidance range.
 
     Args:
         head: parameters of the denoising MLP by their published names (without `diffloss.net.`);
@@ -79,14 +79,17 @@ def denoise_loop(
         initial_NP: (N, P) start noise.
         noise_TNP: (T, N, P) noise in the order used; its length is the number of steps.
         guidance_scale: s.
-        temperature: factor on the noise.
+        temperature: factor on the noise; `fastfar.solver` says on which.
         x0_range: (low, high), or None for the published, unbounded rule.
+        solver: timesteps and coefficients.
+        moments: of every token, for a solver that starts from them or takes its variance from them.
 
     Returns:
         (N, P), float32 (float64 for float64 noise).
 
     Raises:
-        ValueError: condition or noise does not have the rows of `initial_NP`.
+        ValueError: condition or noise does not have the rows of `initial_NP`, or the solver does
+            not take T steps, or needs moments that are not given.
 
     Source: published code of FAR and MAR; improved DDPM, arXiv 2102.09672.
     """
@@ -94,6 +97,8 @@ def denoise_loop(
     _check(condition_MD, initial_NP, noise_TNP)
     guided = len(condition_MD) == 2 * rows and guidance_scale != 1.0
     condition = condition_MD if guided else condition_MD[:rows]
+    steps = schedule(solver, len(noise_TNP), num_timesteps, temperature)
+    initial_NP, noise_TNP = shaped(solver, steps, initial_NP, noise_TNP, temperature, moments)
     block = CPU_ROW_BLOCK if initial_NP.device.type == "cpu" else max(rows, 1)
     halves_2ND = condition.view(-1, rows, condition.shape[-1])
     pieces = [
@@ -104,9 +109,8 @@ def denoise_loop(
             initial_NP[start : start + block],
             noise_TNP[:, start : start + block],
             guidance_scale,
-            temperature,
             x0_range,
-            num_timesteps,
+            steps,
         )
         for start in range(0, rows, block)
     ]
@@ -120,15 +124,12 @@ def _denoise_rows(
     initial_NP: Tensor,
     noise_TNP: Tensor,
     guidance_scale: float,
-    temperature: float,
     x0_range: tuple[float, float] | None,
-    num_timesteps: int,
+    steps: Schedule,
 ) -> Tensor:
     """`denoise_loop` of one block of rows; guided if `condition` has two rows for each."""
     rows = len(initial_NP)
-    guided = len(condition) == 2 * rows
     dtype = head["input_proj.weight"].dtype
-    steps = step_coefficients(len(noise_TNP), num_timesteps)
     blocks = _block_names(head)
 
     def linear(name: str, x: Tensor) -> Tensor:
@@ -136,10 +137,8 @@ def _denoise_rows(
 
     # Hoisted: the condition of every row, the time embedding of every step, one modulation matrix.
     exact = torch.promote_types(dtype, torch.float32)
-    (timesteps,) = device_table(
-        ("timestep",), len(steps), num_timesteps, initial_NP.device, exact
-    )
-    features_TF = timestep_embedding(timesteps, dtype=exact).to(dtype)
+    timestep_T = device_timesteps(steps.timesteps, initial_NP.device, exact)
+    features_TF = timestep_embedding(timestep_T, dtype=exact).to(dtype)
     time_TW = linear("time_embed.mlp.0", features_TF)
     time_TW = linear("time_embed.mlp.2", F.silu(time_TW))
     level_11 = torch.full((1, 1), float(level), dtype=dtype, device=initial_NP.device)
@@ -152,10 +151,13 @@ def _denoise_rows(
 
     state_dtype = torch.promote_types(initial_NP.dtype, torch.float32)
     x_NP = initial_NP.to(state_dtype)
-    for i, noise_NP in enumerate(noise_TNP):
-        t = len(steps) - 1 - i
-        now = steps[t]
-        modulations = F.linear(F.silu(base_MW + time_TW[t]), modulation_weight, modulation_bias)
+    x0_previous_NP = torch.zeros_like(x_NP)
+    with_guidance = [segment.guided for segment in steps.segments for _ in range(*segment[:2])]
+    rows_of_table = [dict(zip(COLUMNS, row, strict=True)) for row in steps.table.tolist()]
+    for i, (now, noise_NP) in enumerate(zip(rows_of_table, noise_TNP, strict=True)):
+        guided = len(condition) == 2 * rows and with_guidance[i]
+        y_MW = base_MW if guided else base_MW[:rows]
+        modulations = F.linear(F.silu(y_MW + time_TW[i]), modulation_weight, modulation_bias)
         parts = iter(modulations.view(len(modulations), -1, width).unbind(dim=1))
         h_MW = linear("input_proj", x_NP.to(dtype))
         if guided:
@@ -183,17 +185,24 @@ def _denoise_rows(
             free_NP = F.linear(h_MW[rows:], weight[:numbers], bias[:numbers]).to(state_dtype)
             eps_NP = free_NP + guidance_scale * (eps_NP - free_NP)
 
-        x0_NP = now["recip"] * x_NP - now["recip_m1"] * eps_NP
+        x0_NP = now["x0_from_x"] * x_NP - now["x0_from_eps"] * eps_NP
         if x0_range is not None:
             x0_NP = x0_NP.clamp(*x0_range)
-        x_NP = now["mean_x0"] * x0_NP + now["mean_xt"] * x_NP
-        if t > 0:
-            fraction = (v_NP + 1.0) / 2.0
-            log_variance = fraction * now["log_beta"]
-            log_variance = log_variance + (1.0 - fraction) * now["log_posterior"]
-            noise_NP = noise_NP.to(state_dtype)
-            x_NP = x_NP + temperature * torch.exp(0.5 * log_variance) * noise_NP
+        x_NP = now["x0"] * x0_NP + now["x"] * x_NP
+        if now["x0_previous"] != 0.0:
+            x_NP = x_NP + now["x0_previous"] * x0_previous_NP
+        if now["noise"] != 0.0:
+            deviation_NP = _deviation(v_NP, now)
+            x_NP = x_NP + now["noise"] * deviation_NP * noise_NP.to(state_dtype)
+        x0_previous_NP = x0_NP
     return x_NP
+
+
+def _deviation(v_NP: Tensor, now: Mapping[str, float]) -> Tensor:
+    """S without its factor, from the network's variance channel."""
+    fraction_NP = ((v_NP + 1.0) / 2.0).clamp(now["fraction_min"], now["fraction_max"])
+    mixed_NP = fraction_NP * now["high"] + (1.0 - fraction_NP) * now["low"]
+    return mixed_NP.clamp(min=0.0).sqrt() if now["linear"] else torch.exp(0.5 * mixed_NP)
 
 
 # Tokens that one thread takes through all steps at a time, at most: with more of them a weight is
@@ -215,9 +224,11 @@ def _denoise_loop_native(
     temperature: float,
     x0_range: tuple[float, float] | None = None,
     num_timesteps: int = 1000,
+    solver: Solver = PUBLISHED,
+    moments: Moments | None = None,
 ) -> Tensor:
     """`denoise_loop` by kernels/cpu/denoise_loop.cc; the state is float32."""
-    rows, steps = len(initial_NP), len(noise_TNP)
+    rows = len(initial_NP)
     _check(condition_MD, initial_NP, noise_TNP)
     inputs = {"condition_MD": condition_MD, "initial_NP": initial_NP, "noise_TNP": noise_TNP}
     check("denoise_loop", inputs)
@@ -232,6 +243,8 @@ def _denoise_loop_native(
             temperature=temperature,
             x0_range=x0_range,
             num_timesteps=num_timesteps,
+            solver=solver,
+            moments=moments,
         )
         return result
     if not isinstance(head, PackedHead):
@@ -244,38 +257,46 @@ def _denoise_loop_native(
         )
     if rows == 0:
         return initial_NP.float()
-    guided = len(condition_MD) == 2 * rows and guidance_scale != 1.0
+    steps = schedule(solver, len(noise_TNP), num_timesteps, temperature)
+    initial_NP, noise_TNP = shaped(solver, steps, initial_NP, noise_TNP, temperature, moments)
+    condition_MD, x_NP = condition_MD.float().contiguous(), initial_NP.float().contiguous()
+    noise_TNP = noise_TNP.float().contiguous()
     low, high = (-math.inf, math.inf) if x0_range is None else x0_range
     threads = torch.get_num_threads()
     task = _rows_per_task(rows, threads)
-    out_NP = torch.empty(initial_NP.shape)
-    launch(
-        "denoise_loop",
-        dtype=_native.DTYPES[head.compute_dtype],
-        threads=threads,
-        rows=rows,
-        halves=2 if guided else 1,
-        width=head.width,
-        depth=head.depth,
-        channels=head.channels,
-        condition_width=head.condition_width,
-        steps=steps,
-        rows_per_task=task,
-        steps_ahead=min(steps, max(1, NATIVE_ROWS_AHEAD // ((2 if guided else 1) * task))),
-        weights=head["weights"],
-        vectors=head["vectors"],
-        condition_MD=condition_MD.float().contiguous(),
-        time_TW=head.time_embedding(steps, num_timesteps),
-        table=update_table(steps, num_timesteps, temperature),
-        initial_NP=initial_NP.float().contiguous(),
-        noise_TNP=noise_TNP.float().contiguous(),
-        level=float(level),
-        guidance_scale=guidance_scale,
-        x0_low=low,
-        x0_high=high,
-        out_NP=out_NP,
-    )
-    return out_NP
+    time_TW, table = head.time_embedding(steps.timesteps), steps.table.float()
+    for first, last, in_range in steps.segments:
+        guided = in_range and len(condition_MD) == 2 * rows and guidance_scale != 1.0
+        halves = 2 if guided else 1
+        out_NP = torch.empty(initial_NP.shape)
+        launch(
+            "denoise_loop",
+            dtype=_native.DTYPES[head.compute_dtype],
+            threads=threads,
+            rows=rows,
+            halves=halves,
+            width=head.width,
+            depth=head.depth,
+            channels=head.channels,
+            condition_width=head.condition_width,
+            steps=last - first,
+            rows_per_task=task,
+            steps_ahead=min(last - first, max(1, NATIVE_ROWS_AHEAD // (halves * task))),
+            weights=head["weights"],
+            vectors=head["vectors"],
+            condition_MD=condition_MD,
+            time_TW=time_TW[first:last],
+            table=table[first:last],
+            initial_NP=x_NP,
+            noise_TNP=noise_TNP[first:last],
+            level=float(level),
+            guidance_scale=guidance_scale,
+            x0_low=low,
+            x0_high=high,
+            out_NP=out_NP,
+        )
+        x_NP = out_NP
+    return x_NP
 
 
 def _rows_per_task(rows: int, threads: int) -> int:
@@ -299,6 +320,8 @@ def _denoise_loop_triton(
     temperature: float,
     x0_range: tuple[float, float] | None = None,
     num_timesteps: int = 1000,
+    solver: Solver = PUBLISHED,
+    moments: Moments | None = None,
 ) -> Tensor:
     """`denoise_loop` by Triton's kernels; the state is float32."""
     rows = len(initial_NP)
@@ -308,6 +331,8 @@ def _denoise_loop_triton(
         "temperature": temperature,
         "x0_range": x0_range,
         "num_timesteps": num_timesteps,
+        "solver": solver,
+        "moments": moments,
     }
     tensors = {"condition_MD": condition_MD, "initial_NP": initial_NP, "noise_TNP": noise_TNP}
     folded = isinstance(head, FoldedHead)
@@ -322,8 +347,7 @@ def _denoise_loop_triton(
     guided = len(condition_MD) == 2 * rows and guidance_scale != 1.0
     if not guided:
         condition_MD = condition_MD.narrow(0, 0, rows)  # fake CUDA tensors refuse slices
-    noise_TNP = noise_TNP.contiguous()
-    return denoise(head, condition_MD, level, initial_NP.contiguous(), noise_TNP, **options)
+    return denoise(head, condition_MD, level, initial_NP, noise_TNP, **options)
 
 
 def _triton_takes(head: Mapping[str, Tensor]) -> bool:

@@ -2,7 +2,8 @@
 
 Imports torch only, works on plain dictionaries of tensors with the published key names, and
 computes in the dtype of its inputs (float32 or float64). Read it as an appendix of the paper ("FAR,
-arXiv 2503.05305"), in this order: filters, transformer, head, diffusion, sampling, loss.
+arXiv 2503.05305"), in this order: filters, transformer, head, diffusion, solvers,
+sampling, loss.
 
 Shape suffixes: B image, L token, D transformer width, W head width, H attention head, E head width
 of attention, S tokens of one attention call, N rows = batch multiplier * B * L (multiplier
@@ -18,7 +19,6 @@ from .diffusion import (
     add_noise,
     ancestral_step,
     cosine_betas,
-    denoise_loop,
     hybrid_loss,
     make_schedule,
     q_sample,
@@ -35,6 +35,7 @@ from .filters import (
 from .head import adaln_mlp_block, head_forward, linear, timestep_embedding
 from .loss import level_weight_sine, training_loss
 from .sampling import next_mask, sample_latents
+from .solvers import denoise_loop
 from .transformer import (
     attention,
     class_embedding,

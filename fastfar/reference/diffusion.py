@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from .head import head_forward
 
 
 def cosine_betas(num_timesteps: int = 1000, max_beta: float = 0.999) -> Tensor:
@@ -57,7 +54,12 @@ def make_schedule(num_timesteps: int = 1000, steps: int | None = None) -> Schedu
 
     The respaced beta_i = 1 - abar(t_i) / abar(t_(i-1)) keeps abar at the kept timesteps.
     """
-    kept = space_timesteps(num_timesteps, num_timesteps if steps is None else steps)
+    steps = num_timesteps if steps is None else steps
+    return schedule_at(space_timesteps(num_timesteps, steps), num_timesteps)
+
+
+def schedule_at(kept: list[int], num_timesteps: int = 1000) -> Schedule:
+    """Cosine schedule at these timesteps alone, ascending."""
     timestep = torch.tensor(kept, dtype=torch.int64)
     alpha_bar = torch.cumprod(1 - cosine_betas(num_timesteps), dim=0)[timestep]
     previous = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
@@ -141,57 +143,6 @@ def ancestral_step(
     if index == 0:
         return mean_NP
     return mean_NP + temperature * torch.exp(0.5 * log_variance_NP) * noise_NP
-
-
-def denoise_loop(
-    head: Mapping[str, Tensor],
-    condition_MD: Tensor,
-    level: float,
-    initial_NP: Tensor,
-    noise_TNP: Tensor,
-    *,
-    guidance_scale: float,
-    temperature: float,
-    x0_range: tuple[float, float] | None = None,
-    num_timesteps: int = 1000,
-) -> Tensor:
-    """Sample clean tokens x from p(x | z, level): T ancestral steps with guidance on epsilon.
-
-    head: keys without the prefix `diffloss.net.`. condition_MD: M = 2 N (conditional rows first)
-    with guidance eps = eps_u + s (eps_c - eps_u), the variance channel being the conditional one; M
-    = N without guidance. initial_NP: start noise. noise_TNP: T = number of respaced steps;
-    noise_TNP[0] is used first, the last never. x0_range: bounds of the predicted x0, None =
-    unbounded (published). Returns x_NP. Raises ValueError where M is neither N nor 2 N.
-    """
-    rows = initial_NP.shape[0]
-    halves = condition_MD.shape[0] // rows
-    if condition_MD.shape[0] not in (rows, 2 * rows):
-        raise ValueError(
-            f"condition has {condition_MD.shape[0]} rows for {rows} tokens: give {rows}, "
-            f"or {2 * rows} with the conditional rows first"
-        )
-    schedule = make_schedule(num_timesteps, noise_TNP.shape[0])
-    level_M = initial_NP.new_full((condition_MD.shape[0],), level)
-    x_NP = initial_NP
-    for noise_NP, index in zip(noise_TNP, reversed(range(noise_TNP.shape[0])), strict=True):
-        t_M = torch.full_like(level_M, schedule.timestep[index].item())
-        # Both halves see the state of the conditional one.
-        output_M2P = head_forward(head, x_NP.repeat(halves, 1), t_M, condition_MD, level_M)
-        eps_MP, v_MP = output_M2P.chunk(2, dim=-1)
-        eps_NP = eps_MP[:rows]
-        if halves == 2:
-            eps_NP = eps_MP[rows:] + guidance_scale * (eps_NP - eps_MP[rows:])
-        x_NP = ancestral_step(
-            eps_NP,
-            v_MP[:rows],
-            x_NP,
-            noise_NP,
-            index,
-            schedule,
-            temperature=temperature,
-            x0_range=x0_range,
-        )
-    return x_NP
 
 
 def _normal_cdf(x: Tensor) -> Tensor:

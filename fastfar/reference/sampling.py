@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .diffusion import denoise_loop
 from .filters import NOT_FILTERED, filter_mask_patchify, unpatchify
+from .solvers import Solver, denoise_loop
 from .transformer import class_embedding, condition
 
 HEAD_PREFIX = "diffloss.net."
@@ -31,6 +31,8 @@ class Plan(Protocol):
     def diffusion_steps(self) -> Sequence[int]: ...
     @property
     def mask_ratios(self) -> Sequence[float] | None: ...
+    @property
+    def solvers(self) -> Sequence[Solver]: ...
     @property
     def x0_range(self) -> tuple[float, float] | None: ...
 
@@ -113,6 +115,7 @@ def sample_latents(
                 temperature=plan.temperatures[step],
                 x0_range=plan.x0_range,
                 num_timesteps=num_timesteps,
+                solver=plan.solvers[step],
             )
             x_BLP = x_NP.reshape(batch, num_tokens, token_dim)
             latent_BCHW = unpatchify(x_BLP, patch_size, latent_size)

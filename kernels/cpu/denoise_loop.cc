@@ -26,7 +26,20 @@ namespace {
 constexpr float kEps = 1e-6F;
 
 // Columns of fastfar_denoise_loop_args.table.
-enum { kX0FromX, kX0FromEps, kA, kB, kC, kLogLow, kLogHigh, kNoise, kTableWidth };
+enum {
+  kX0FromX,
+  kX0FromEps,
+  kA,
+  kB,
+  kC,
+  kLow,
+  kHigh,
+  kNoise,
+  kLinear,
+  kFractionMin,
+  kFractionMax,
+  kTableWidth
+};
 
 // --- one task ---------------------------------------------------------------------------------
 
@@ -143,6 +156,15 @@ struct Task {
     row_statistics(m.r + i * s.stride, s.width, kEps, m.statistics[2 * i], m.statistics[2 * i + 1]);
   }
 
+  // The learned deviation of the noise: from its variance, or from the logarithm of that.
+  static V deviation(const float* table, const float* variance) {
+    V fraction = (load(variance) + set(1.0F)) * set(0.5F);
+    fraction = min(set(table[kFractionMax]), max(set(table[kFractionMin]), fraction));
+    const V mixed = fma(fraction, set(table[kHigh] - table[kLow]), set(table[kLow]));
+    if (table[kLinear] != 0.0F) return square_root(max(set(0.0F), mixed));
+    return exponential(set(0.5F) * mixed);
+  }
+
   // x = a x + b x0 + c x0_previous + s n, for this task's tokens.
   void update(const float* table, const float* noise) const {
     const int64_t stride = s.out_panels * kBlock;
@@ -165,10 +187,7 @@ struct Task {
           next = fma(set(table[kC]), load_part(m.x0 + i * s.channels + p, count), next);
         }
         if (noisy) {
-          const V fraction = (load(conditional + s.eps_columns + p) + set(1.0F)) * set(0.5F);
-          const V log_variance =
-              fma(fraction, set(table[kLogHigh] - table[kLogLow]), set(table[kLogLow]));
-          const V sigma = set(table[kNoise]) * exponential(set(0.5F) * log_variance);
+          const V sigma = set(table[kNoise]) * deviation(table, conditional + s.eps_columns + p);
           next = fma(sigma, load_part(noise + (first + i) * s.channels + p, count), next);
         }
         store_part(m.x0 + i * s.channels + p, x0, count);

@@ -178,8 +178,9 @@ typedef struct {
   const float* vectors;
   const float* condition_MD; /* halves * rows, conditional rows first */
   const float* time_TW;      /* time embedding of every step, in the order in which steps are run */
-  const float* table; /* (steps, 8): x0 from x, x0 from eps, a, b, c, log variance at v = -1 and
-                         at v = 1, factor of the noise (0: none) */
+  const float* table; /* (steps, 11): x0 from x, x0 from eps, a, b, c, variance of the noise at
+                         v = -1 and at v = 1, factor of the noise (0: none), 1 where these are
+                         variances and 0 where they are logarithms of such, bounds of (v + 1) / 2 */
   const float* initial_NP;
   const float* noise_TNP;
   float level, guidance_scale, x0_low, x0_high;

@@ -187,6 +187,8 @@ struct Head {
   }
 };
 
+constexpr int64_t kTableWidth = 11;
+
 void run_case(const Sizes& s, int32_t dtype) {
   test::Draws draws(static_cast<uint64_t>(s.rows * 31 + s.width));
   const Head head(s, draws);
@@ -194,12 +196,22 @@ void run_case(const Sizes& s, int32_t dtype) {
   Buffer<float> z = draws.normal(s.halves * s.rows * s.condition);
   Buffer<float> time = draws.normal(s.steps * s.width, 0.5F);
   Buffer<float> initial = draws.normal(numbers), noise = draws.normal(s.steps * numbers);
-  Buffer<float> table(8 * s.steps);
+  Buffer<float> table(kTableWidth * s.steps);
   for (int64_t t = 0; t < s.steps; ++t) {
     const bool last = t + 1 == s.steps;
-    const float row[8] = {
-        1.1F, 0.3F, 0.4F, 0.5F, t > 0 ? 0.1F : 0.0F, -3.0F, -1.0F, last ? 0.0F : 0.9F};
-    std::memcpy(table.data() + 8 * t, row, sizeof(row));
+    const bool linear = t % 2 == 1;  // variances with bounds, or their logarithms without
+    const float row[kTableWidth] = {1.1F,
+                                    0.3F,
+                                    0.4F,
+                                    0.5F,
+                                    t > 0 ? 0.1F : 0.0F,
+                                    linear ? 0.05F : -3.0F,
+                                    linear ? 0.4F : -1.0F,
+                                    last ? 0.0F : 0.9F,
+                                    linear ? 1.0F : 0.0F,
+                                    linear ? -0.3F : -INFINITY,
+                                    linear ? 0.6F : INFINITY};
+    std::memcpy(table.data() + kTableWidth * t, row, sizeof(row));
   }
   // The last noise must not be read.
   for (int64_t i = (s.steps - 1) * numbers; i < s.steps * numbers; ++i) noise[i] = NAN;
@@ -257,7 +269,7 @@ void run_case(const Sizes& s, int32_t dtype) {
                             time.data() + t * s.width, args.level, x);
       };
       const std::vector<double> conditional = out(0), free = s.halves == 2 ? out(1) : conditional;
-      const float* c = table.data() + 8 * t;
+      const float* c = table.data() + kTableWidth * t;
       for (int64_t p = 0; p < s.channels; ++p) {
         const size_t u = static_cast<size_t>(p);
         const auto at = [c](int i) { return static_cast<double>(c[i]); };
@@ -265,10 +277,13 @@ void run_case(const Sizes& s, int32_t dtype) {
         const double x0 = std::fmin(2.0, std::fmax(-1.5, at(0) * x[u] - at(1) * eps));
         double next = at(2) * x[u] + at(3) * x0 + at(4) * previous[u];
         if (c[7] != 0.0F) {
-          const double fraction = (conditional[static_cast<size_t>(head.half_out) + u] + 1.0) / 2.0;
-          const double log_variance = at(5) + fraction * (at(6) - at(5));
-          next += at(7) * std::exp(0.5 * log_variance) *
-                  static_cast<double>(noise[(t * s.rows + n) * s.channels + p]);
+          const double v = conditional[static_cast<size_t>(head.half_out) + u];
+          const double fraction = std::fmin(at(10), std::fmax(at(9), (v + 1.0) / 2.0));
+          const double mixed = at(5) + fraction * (at(6) - at(5));
+          const double deviation =
+              c[8] != 0.0F ? std::sqrt(std::fmax(mixed, 0.0)) : std::exp(0.5 * mixed);
+          next +=
+              at(7) * deviation * static_cast<double>(noise[(t * s.rows + n) * s.channels + p]);
         }
         previous[u] = x0;
         x[u] = next;
