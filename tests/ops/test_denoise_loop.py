@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from formula import formula_tensor
+from solver_cases import OPTIONS, SOLVERS, STEPS, moments, with_moments
 from tolerances import EXACT_DTYPES, HALF_DTYPES, assert_close_to_reference, relative, with_gap
 from torch import Tensor
 
@@ -117,6 +118,34 @@ def test_other_schedules(num_timesteps: int, steps: int) -> None:
         temperature=0.8,
         num_timesteps=num_timesteps,
     )
+
+
+@pytest.mark.parametrize("dtype", EXACT_DTYPES, ids=str)
+@pytest.mark.parametrize("name", SOLVERS)
+def test_solvers(name: str, dtype: torch.dtype) -> None:
+    assert_close_to_reference(
+        *(with_moments(op) for op in OPS),
+        *inputs(7, STEPS).args(),
+        *moments(7, 5),
+        dtype=dtype,
+        layers=4 * STEPS,
+        solver=SOLVERS[name],
+        **OPTIONS,
+    )
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_outside_its_range_guidance_reads_no_unconditional_half(op: Any) -> None:
+    data = inputs(4, STEPS)
+    poisoned = data.condition.clone()
+    poisoned[4:] = float("nan")
+    args = (7, data.initial, data.noise)
+    out = op(data.head, poisoned, *args, solver=SOLVERS["no guidance"], **OPTIONS)
+    expected = op(data.head, data.condition[:4], *args, solver=SOLVERS["no guidance"], **OPTIONS)
+    assert out.isfinite().all() and relative(out, expected) < 1e-12
+    guided = op(*data.args(), solver=SOLVERS["guidance range"], **OPTIONS)
+    never = op(data.head, data.condition[:4], *args, solver=SOLVERS["guidance range"], **OPTIONS)
+    assert relative(guided, never) > 1e-3
 
 
 def test_no_guidance_reads_no_unconditional_half() -> None:
@@ -250,6 +279,22 @@ def test_native_values(
             layers=4 * steps,
             **options,
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SOLVERS)
+def test_native_solvers(isa: str, name: str, dtype: torch.dtype) -> None:
+    assert_close_to_reference(
+        with_moments(native),
+        with_moments(reference.denoise_loop),
+        *native_inputs(9, STEPS).args(),
+        *moments(9, 5),
+        dtype=dtype,
+        gradients=False,
+        layers=4 * STEPS,
+        solver=SOLVERS[name],
+        **OPTIONS,
+    )
 
 
 def test_native_heads_packed_beforehand_give_the_same_bits(isa: str) -> None:
