@@ -8,11 +8,13 @@ look-up as one op that it does not look into.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import ParamSpec
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 Params = ParamSpec("Params")
 
@@ -39,6 +41,16 @@ def lookup(
         return call
 
     return decorate
+
+
+@contextmanager
+def real_tensors() -> Iterator[None]:
+    """Tensors made inside outlive who asks for them first: they have numbers, gradients may flow.
+
+    The caller may be in inference mode, or trace a run on fake tensors.
+    """
+    with torch.inference_mode(False), unset_fake_temporarily():
+        yield
 
 
 def finish(device: torch.device) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import itertools
 import os
 import pickle
@@ -181,6 +182,22 @@ class _SkipDraws(TorchFunctionMode):
         if getattr(func, "__module__", None) == "torch.nn.init":
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
         return func(*args, **kwargs)
+
+
+def weights_digest(weights: Weights) -> str:
+    """First 12 hexadecimal digits of a SHA-256 over names, shapes and values, as float32.
+
+    So a model keeps it when it is loaded in a wider dtype than it is stored in.
+    """
+    digest = hashlib.sha256()
+
+    def take(key: str, value: torch.Tensor) -> None:
+        digest.update(f"{key} {tuple(value.shape)}".encode())
+        exact = value.detach().to("cpu", torch.float32).contiguous()
+        digest.update(exact.flatten().view(torch.uint8).numpy().tobytes())
+
+    visit(weights, sorted(weights.shapes), take)
+    return digest.hexdigest()[:12]
 
 
 def indices(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> set[int]:

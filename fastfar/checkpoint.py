@@ -2,7 +2,8 @@
 
 The own format is a folder: config.json (format, version, sizes of the model, tokenizer, sampling
 plan, class names) and model.safetensors (the published key layout, every tensor in its own dtype),
-plus tokenizer.safetensors where the tokenizer has weights. Plain data throughout: no pickle.
+plus tokenizer.safetensors where the tokenizer has weights, and moments.safetensors where the model
+has a moment head. Plain data throughout: no pickle.
 """
 
 from __future__ import annotations
@@ -33,9 +34,12 @@ from fastfar._weights import (
     open_weights,
     skeleton,
     visit,
+    weights_digest,
 )
 from fastfar.config import FARConfig
 from fastfar.model import FAR
+from fastfar.moments import FILE as MOMENTS_FILE
+from fastfar.moments import MomentHead
 from fastfar.plan import SamplingPlan
 from fastfar.prepared import native_reason, prepare
 from fastfar.tokenizer import KLVAE, PixelTokenizer, tokenizer_from_dict
@@ -60,6 +64,7 @@ class Pretrained:
     tokenizer: PixelTokenizer | KLVAE | None = None
     plan: SamplingPlan | None = None
     class_names: tuple[str, ...] | None = None
+    moments: MomentHead | None = None
 
 
 def load_official(
@@ -199,6 +204,7 @@ def save_pretrained(
     tokenizer: PixelTokenizer | KLVAE | None = None,
     plan: SamplingPlan | None = None,
     class_names: Sequence[str] | None = None,
+    moments: MomentHead | None = None,
 ) -> None:
     """Write the own format into `folder`; tensors are stored bit for bit in their own dtypes.
 
@@ -208,7 +214,8 @@ def save_pretrained(
     Raises:
         OSError: the disk is full or the folder cannot be written; the old files are intact.
         TypeError: `model` is not a FAR.
-        ValueError: more class names than classes, or an entry that is no string.
+        ValueError: more class names than classes, or an entry that is no string; a moment head of
+            another model.
     """
     if not isinstance(model, FAR):
         raise TypeError(f"model must be a fastfar.FAR, got {type(model).__name__}")
@@ -229,7 +236,11 @@ def save_pretrained(
     modules: dict[str, nn.Module] = {MODEL_FILE: model}
     if isinstance(tokenizer, KLVAE):
         modules[TOKENIZER_FILE] = tokenizer
+    if moments is not None:
+        moments.check_teacher(weights_digest(open_weights(model.state_dict())))
     _write(Path(folder), values, modules)
+    if moments is not None:
+        moments.save(Path(folder) / MOMENTS_FILE)
 
 
 def save_tokenizer(folder: str | os.PathLike[str], vae: KLVAE) -> None:
@@ -248,7 +259,7 @@ def load_pretrained(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Pretrained:
-    """Read the own format: model (eval mode, CPU), tokenizer, plan and class names.
+    """Read the own format: model (eval mode, CPU), tokenizer, plan, class names and moment head.
 
     Args:
         folder_or_name: "demo" is the embedded model ("./demo" a folder of that name); else an
@@ -261,7 +272,8 @@ def load_pretrained(
     Raises:
         FileNotFoundError: no such folder or repository, or a file of the format is not in it.
         ImportError: a hub name, and huggingface_hub is not installed.
-        ValueError: config.json or the weights are not of this format, damaged, or do not fit.
+        ValueError: config.json or the weights are not of this format, damaged, or do not fit; the
+            moment head was trained for another model.
     """
     folder = _resolve(folder_or_name)
     values = _read_config(folder)
@@ -273,10 +285,14 @@ def load_pretrained(
         class_names = None if names is None else tuple(map(str, names))
         if values.get("tokenizer") is not None:
             file = folder / TOKENIZER_FILE
-            weights = open_weights(file) if file.exists() else None
-            tokenizer = tokenizer_from_dict(values["tokenizer"], weights)
-    model = build_model(open_weights(_existing(folder / MODEL_FILE)), config, dtype, backend)
-    return Pretrained(model, tokenizer, plan, class_names)
+            decoder = open_weights(file) if file.exists() else None
+            tokenizer = tokenizer_from_dict(values["tokenizer"], decoder)
+    weights = open_weights(_existing(folder / MODEL_FILE))
+    moments = None
+    if (moments_file := folder / MOMENTS_FILE).exists():
+        moments = MomentHead.load(moments_file, weights_digest(weights))
+    model = build_model(weights, config, dtype, backend)
+    return Pretrained(model, tokenizer, plan, class_names, moments)
 
 
 def save_model(folder: str | os.PathLike[str], model: FAR) -> None:
@@ -365,7 +381,7 @@ def _from_hub(name: str) -> Path:
             f"there is no folder {name!r}, and to fetch it from the Hugging Face hub the package "
             "huggingface_hub is needed: pip install 'fastfar[hub]'"
         ) from error
-    files = [CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE]
+    files = [CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE, MOMENTS_FILE]
     try:
         return Path(snapshot_download(name, allow_patterns=files))
     except (OSError, ValueError) as error:  # what its many errors derive from

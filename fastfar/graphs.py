@@ -31,6 +31,7 @@ from fastfar.noise import NoiseSource, draws
 from fastfar.outer_step import Inputs, OuterStep
 from fastfar.plan import SamplingPlan
 from fastfar.profiling import annotate
+from fastfar.rows import Rows
 
 OnLevel = Callable[[int, Tensor], object]
 Body = Callable[[], None]
@@ -219,7 +220,7 @@ class ImageGraph:
         self._owner: int | None = None
         # Held, so that their memory is not handed to others: an equal fingerprint means the same
         # weights.
-        self._weights = (*step.model.parameters(), step.head)
+        self._weights = (*step.model.parameters(), step.head, step.moments)
         self._fingerprint = _weights_of(step)
 
         device, dtype = step.model.fake_latent.device, step.state_dtype
@@ -289,7 +290,8 @@ class ImageGraph:
 
 
 def _weights_of(step: OuterStep) -> tuple[int, ...]:
-    return fingerprint((*step.model.parameters(), *step.head.values()))
+    moments = () if step.moments is None else step.moments.state_dict().values()
+    return fingerprint((*step.model.parameters(), *step.head.values(), *moments))
 
 
 # --- which are kept --------------------------------------------------------------------------
@@ -305,6 +307,7 @@ class Key:
     device: torch.device
     attention: tuple[object, ...]
     float32_precision: str
+    rows: Rows
     whole: bool
 
 
@@ -335,7 +338,9 @@ class GraphCache:
         model = step.model
         device = model.fake_latent.device
         precision = torch.get_float32_matmul_precision()
-        key = Key(step.plan, batch, step.dtype, device, _attention(model), precision, whole)
+        key = Key(
+            step.plan, batch, step.dtype, device, _attention(model), precision, step.rows, whole
+        )
         with self._lock:
             graphs = self._kept.setdefault(model, OrderedDict())
             graph = graphs.pop(key, None)

@@ -71,6 +71,27 @@ def filter_matrices(size: int, num_levels: int, kind: str = "area_bicubic") -> T
         return torch.stack(matrices)
 
 
+@lru_cache(maxsize=64)
+def footprint(
+    level: int, size: int, patch_size: int, num_levels: int, kind: str = "area_bicubic"
+) -> Tensor:
+    """Which tokens of a low-passed latent depend on which tokens of the latent.
+
+    Token i of A_l x A_l^T depends on token j if a row of A_l in i's patch has an entry that is not
+    zero in a column of j's patch, and so has A_l for the columns of the latent.
+
+    Returns:
+        (L, L) bool on the CPU, entry (i, j). Shared and cached: do not write to it.
+    """
+    grid = size // patch_size
+    matrix_HH = filter_matrices(size, num_levels, kind)[level]
+    blocks = matrix_HH.view(grid, patch_size, grid, patch_size)
+    with torch.inference_mode(False):
+        depends_GG = (blocks != 0).any(dim=3).any(dim=1)
+        both = depends_GG[:, None, :, None] & depends_GG[None, :, None, :]
+        return both.reshape(grid * grid, grid * grid)
+
+
 @cache  # without a bound: what a CUDA graph points to must stay
 def filter_table(
     size: int, num_levels: int, kind: str, device: torch.device, dtype: torch.dtype

@@ -1,8 +1,9 @@
 """One outer step of a sampling run, as a function of device tensors alone.
 
-Every shape follows from plan, batch and model; nothing is read back from the device and nothing is
-copied to it (tables are, once: the first call puts them there). So a step can be captured as a CUDA
-graph, and run again on other labels, noise and orders by writing those into the same tensors.
+Unless `OuterStep.rows` is "seen", every shape follows from plan, batch and model; nothing is read
+back from the device and nothing is copied to it (tables are, once: the first call puts them there).
+So a step can be captured as a CUDA graph, and run again on other labels, noise and orders by
+writing those into the same tensors.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from torch import Tensor
 
 from fastfar.levels import unpatchify
 from fastfar.model import FAR
+from fastfar.moments import MomentHead, drawn
 from fastfar.ops import denoise_loop, filter_mask_patchify
 from fastfar.plan import SamplingPlan
 from fastfar.prepared import PreparedFAR
 from fastfar.profiling import annotate
+from fastfar.rows import Rows, seen_rows
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,17 @@ class OuterStep:
         head: its head, as the back end's `denoise_loop` takes it.
         plan: levels, masks, guidance, temperature, diffusion steps.
         dtype: compute dtype.
+        rows: which tokens of the result are computed where masks hide some from the next step;
+            the others are zero. See `fastfar.rows`; "seen" must not be captured.
+        moments: the moment head, as the back end runs it, where the plan asks for one.
     """
 
     model: FAR
     head: Mapping[str, Tensor]
     plan: SamplingPlan
     dtype: torch.dtype
+    rows: Rows = "fixed"
+    moments: MomentHead | None = None
 
     @property
     def state_dtype(self) -> torch.dtype:
@@ -82,25 +90,53 @@ class OuterStep:
             (B, C, H, H) in the state dtype.
         """
         config, plan = self.model.config, self.plan
+        rows_M = seen_rows(plan, k, config, inputs.order_BL, self.rows)
+        if rows_M is not None and len(rows_M) == 0:
+            return torch.zeros_like(latent_BCHH)
         with annotate("outer step", k):
-            if k == 0:
-                z_MLD = self._first_condition(inputs)
-            else:
-                z_MLD = self._condition(k, inputs, latent_BCHH)
+            z_MD = self.condition(k, inputs, latent_BCHH).flatten(0, 1)
+            if rows_M is not None:  # of both halves, with the noise that is theirs
+                every_NP = torch.zeros_like(initial_NP)
+                z_MD = z_MD.reshape(-1, len(every_NP), z_MD.shape[-1])[:, rows_M].flatten(0, 1)
+                initial_NP, noise_TNP = initial_NP[rows_M], noise_TNP[:, rows_M]
             with annotate("level", plan.levels[k]), annotate("head"):
-                x_NP = denoise_loop(
-                    self.head,
-                    z_MLD.flatten(0, 1),
-                    plan.levels[k],
-                    initial_NP,
-                    noise_TNP,
-                    guidance_scale=plan.guidance_scales[k],
-                    temperature=plan.temperatures[k],
-                    x0_range=plan.x0_range,
-                    num_timesteps=config.num_timesteps,
-                )
+                x_NP = self._tokens(k, z_MD, initial_NP, noise_TNP)
+            if rows_M is not None:
+                x_NP = every_NP.index_copy(0, rows_M, x_NP)
             x_BLP = x_NP.view(-1, config.num_tokens, config.token_dim)
             return unpatchify(x_BLP, config.patch_size)
+
+    def condition(self, k: int, inputs: Inputs, latent_BCHH: Tensor) -> Tensor:
+        """z of outer step k, which the head samples tokens from: see `__call__`.
+
+        Returns (B, L, D), or (2 B, L, D) with the unconditional half last where k is guided.
+        """
+        if k == 0:
+            return self._first_condition(inputs)
+        return self._condition(k, inputs, latent_BCHH)
+
+    def _tokens(self, k: int, z_MD: Tensor, initial_NP: Tensor, noise_TNP: Tensor) -> Tensor:
+        """(N, P) tokens given their conditions, by the solver of step k."""
+        plan, solver, moments = self.plan, self.plan.solvers[k], None
+        temperature = plan.temperatures[k]
+        if solver.needs_moments:
+            assert self.moments is not None, "sample_latents has checked that there is one"
+            moments = self.moments(z_MD, plan.levels[k], plan.guidance_scales[k])
+            if solver.method == "moments":
+                return drawn(moments, initial_NP, temperature, plan.x0_range)
+        return denoise_loop(
+            self.head,
+            z_MD,
+            plan.levels[k],
+            initial_NP,
+            noise_TNP,
+            guidance_scale=plan.guidance_scales[k],
+            temperature=temperature,
+            x0_range=plan.x0_range,
+            num_timesteps=self.model.config.num_timesteps,
+            solver=solver,
+            moments=moments,
+        )
 
     def _guided(self, k: int) -> bool:
         return self.plan.guidance_scales[k] != 1.0
@@ -109,7 +145,7 @@ class OuterStep:
         """z of outer step 0, where all tokens are zero, or all masked: a function of the class.
 
         So the transformer sees each class once, however many images of it there are, and "no class"
-        once. Returns (B, L, D), or (2 B, L, D) with the unconditional half last.
+        once.
         """
         model, config = self.model, self.model.config
         class_CD = model.class_embedding(inputs.classes_C)
@@ -127,7 +163,7 @@ class OuterStep:
         return z_CLD[row_M]
 
     def _condition(self, k: int, inputs: Inputs, latent_BCHH: Tensor) -> Tensor:
-        """z of a later step: (B, L, D), or (2 B, L, D) with the unconditional half last."""
+        """z of a later step."""
         model, config, plan = self.model, self.model.config, self.plan
         batch = len(latent_BCHH)
         mask_BL, num_kept = None, None

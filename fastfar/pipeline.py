@@ -17,6 +17,7 @@ from tqdm import tqdm
 from fastfar.checkpoint import load_pretrained, save_pretrained
 from fastfar.decoding import decode_latents
 from fastfar.model import FAR
+from fastfar.moments import MomentHead
 from fastfar.noise import NoiseSource
 from fastfar.plan import SamplingPlan
 from fastfar.sampling import check_labels, sample_latents
@@ -46,6 +47,7 @@ class FARPipeline:
         tokenizer: turns latents into images; None allows output_type="latent" only.
         plan: what a call does unless told otherwise.
         class_names: names of the labels, for `get_label_ids`.
+        moments: the model's moment head, for plans that ask for one.
 
     Example:
         >>> pipe = FARPipeline.from_pretrained("demo")
@@ -61,11 +63,13 @@ class FARPipeline:
         tokenizer: PixelTokenizer | KLVAE | None,
         plan: SamplingPlan | None = None,
         class_names: Sequence[str] | None = None,
+        moments: MomentHead | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.plan = plan if plan is not None else SamplingPlan.official()
         self.class_names = None if class_names is None else tuple(class_names)
+        self.moments = moments
         self._progress: dict[str, Any] = {"disable": True}
 
     @classmethod
@@ -82,17 +86,21 @@ class FARPipeline:
             sampling on that back end only. "auto" does so where sampling would choose it.
         """
         parts = load_pretrained(path_or_name, dtype=torch_dtype, backend=backend)
-        return cls(parts.model, parts.tokenizer, parts.plan, parts.class_names)
+        return cls(parts.model, parts.tokenizer, parts.plan, parts.class_names, parts.moments)
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write config.json, model.safetensors and, for a KL-VAE, its weights."""
-        save_pretrained(path, self.model, self.tokenizer, self.plan, self.class_names)
+        """Write config.json, model.safetensors and, where there are, a KL-VAE and a moment head."""
+        save_pretrained(
+            path, self.model, self.tokenizer, self.plan, self.class_names, self.moments
+        )
 
     def to(self, device: str | torch.device) -> FARPipeline:
         """Move the model (and the tokenizer's weights) to `device`; returns the pipeline."""
         self.model.to(device)
         if isinstance(self.tokenizer, KLVAE):
             self.tokenizer.to(device)
+        if self.moments is not None:
+            self.moments.to(device)
         return self
 
     def set_progress_bar_config(self, **options: Any) -> None:
@@ -122,6 +130,7 @@ class FARPipeline:
         backend: str = "auto",
         dtype: torch.dtype | None = None,
         callback_on_level_end: Callable[[FARPipeline, int, Tensor], object] | None = None,
+        whole_levels: bool = True,
     ) -> ImagePipelineOutput | tuple[Images]:
         """Generate one image per class label.
 
@@ -136,6 +145,7 @@ class FARPipeline:
             plan: replaces the pipeline's plan.
             noise, backend, dtype: see `fastfar.sample_latents`.
             callback_on_level_end: called as callback(pipe, step, latents) after each outer step.
+            whole_levels: whether that callback needs whole latents; see `fastfar.sample_latents`.
 
         Raises:
             ValueError, TypeError: an argument is out of range or of the wrong type.
@@ -161,7 +171,16 @@ class FARPipeline:
             # Nobody to tell lets a GPU run all levels as one graph.
             told = on_level if callback_on_level_end is not None or not bar.disable else None
             latents = sample_latents(
-                self.model, labels, plan, noise, generator, backend, dtype, told
+                self.model,
+                labels,
+                plan,
+                noise,
+                generator,
+                backend,
+                dtype,
+                told,
+                whole_levels=whole_levels and callback_on_level_end is not None,
+                moments=self.moments,
             )
         images: Images = latents
         if output_type != "latent":

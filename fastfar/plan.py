@@ -16,6 +16,9 @@ _LEVELS = {
     "t2i": (0, 2, 3, 4, 5, 6, 7, 8, 10, 13),
 }
 
+_FAST = Solver(variance="linear")
+_FAST_LAST = Solver(variance="linear")
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -145,6 +148,11 @@ class SamplingPlan:
         return tuple(1.0 + (self.guidance_scale - 1.0) * r for r in self.guidance_ramp)
 
     @property
+    def is_approximate(self) -> bool:
+        """Whether a sampler is not the published one."""
+        return any(solver != PUBLISHED for solver in self.solvers)
+
+    @property
     def head_calls(self) -> int:
         """Head evaluations per token row over the whole image: the sum of `diffusion_steps`."""
         return sum(self.diffusion_steps)
@@ -204,6 +212,32 @@ class SamplingPlan:
         steps = tuple(round(first + (last - first) * k / (n - 1)) for k in range(n))
         return dataclasses.replace(plan, diffusion_steps=steps)
 
+    @classmethod
+    def fast(
+        cls,
+        base: str | SamplingPlan = "nomask",
+        guidance_scale: float | None = None,
+        moments: bool = False,
+    ) -> SamplingPlan:
+        """`base` (a plan, or a mode of `official`) with few head calls; approximate.
+
+        Nine of ten outer steps are low-passed, so they need a right mean and covariance of their
+        tokens rather than a right sample: T rises from 2 to the last outer step. moments: those
+        steps take one call of a moment head (`fastfar.moments`) instead.
+
+        Raises:
+            ValueError: an unknown mode.
+
+        Source: benchmarks/README.md, few-step sampling: measured on the demo model alone.
+        """
+        plan = cls.official(base) if isinstance(base, str) else base
+        plan = plan.with_changes(guidance_scale=guidance_scale)
+        before = len(plan) - 1
+        if moments:
+            solvers = (Solver(method="moments"),) * before + (_FAST_LAST,)
+            return plan.with_changes(diffusion_steps=(1,) * before + (8,), solvers=solvers)
+        return plan.with_changes(diffusion_steps=rising_steps(60, len(plan)), solvers=_FAST)
+
     def with_changes(
         self,
         *,
@@ -219,6 +253,8 @@ class SamplingPlan:
             diffusion_steps = (diffusion_steps,) * len(self)
         if diffusion_steps is not None:
             changes["diffusion_steps"] = diffusion_steps
+        if solvers is None and len(set(self.solvers)) == 1:
+            solvers = self.solvers[0]  # of as many steps as the copy may have
         if solvers is not None:
             changes["solvers"] = solvers
         return dataclasses.replace(self, **changes)
@@ -241,6 +277,24 @@ class SamplingPlan:
         if solvers is None:
             return cls(**values)
         return cls(**{**values, "solvers": tuple(Solver.from_dict(each) for each in solvers)})
+
+
+def rising_steps(
+    total: int, count: int, least: int = 2, growth: float = 1.35
+) -> tuple[int, ...]:
+    """`total` diffusion steps for `count` outer steps: `least` each, the rest growing by `growth`.
+
+    ValueError where there are too few.
+    """
+    rest = total - least * count
+    _require(rest >= 0, f"{total} steps are too few for {count} outer steps of {least} each")
+    weights = [growth**k for k in range(count)]
+    exact = [rest * weight / sum(weights) for weight in weights]
+    given = [math.floor(x) for x in exact]
+    largest = sorted(range(count), key=lambda k: exact[k] - given[k], reverse=True)
+    for k in largest[: rest - sum(given)]:
+        given[k] += 1
+    return tuple(least + x for x in given)
 
 
 def cosine_mask_ratios(num_steps: int) -> tuple[float, ...]:

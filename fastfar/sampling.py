@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,12 +20,14 @@ from fastfar import graphs, reference
 from fastfar._tables import finish
 from fastfar.graphs import OnLevel, fingerprint
 from fastfar.model import FAR
+from fastfar.moments import MomentHead, prepared_moments
 from fastfar.noise import CheckedNoise, NoiseSource, draws, seeded_noise
 from fastfar.ops import use_backend
 from fastfar.ops._folded_head import fold_head
 from fastfar.outer_step import Inputs, OuterStep
 from fastfar.plan import SamplingPlan
 from fastfar.prepared import PreparedFAR, native_reason, prepare_native
+from fastfar.rows import Rows
 
 FOLDED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = (torch.float64, *FOLDED_DTYPES)
@@ -39,6 +42,8 @@ def sample_latents(
     backend: str = "auto",
     dtype: torch.dtype | None = None,
     on_level: OnLevel | None = None,
+    whole_levels: bool = True,
+    moments: MomentHead | None = None,
 ) -> Tensor:
     """Sample one latent per class label.
 
@@ -59,6 +64,10 @@ def sample_latents(
             native back end has float32 and bfloat16; its activations are float32 in both.
         on_level: called as on_level(step, latent_BCHH) after each outer step (which is then a CUDA
             graph of its own, where there are graphs).
+        whole_levels: False if `on_level` does not need whole latents: tokens that nothing depends
+            on, because they are masked next, are then not computed but zero, as without `on_level`.
+        moments: the moment head of this model, for a plan whose solvers ask for one
+            (`fastfar.moments`).
 
     Returns:
         (B, C, H, H) float32 (float64 if that is the compute dtype), on the model's device.
@@ -66,13 +75,14 @@ def sample_latents(
     Raises:
         ValueError: a label out of range, an empty list, a plan beyond the model's levels, noise
             of another shape, a back end that is not available or does not take the model, an
-            unusable dtype.
+            unusable dtype; a plan that needs a moment head where there is none, or another one.
         TypeError: labels or plan of the wrong type.
     """
     labels_B = check_labels(class_labels, model.config.num_classes)
     if not isinstance(plan, SamplingPlan):
         raise TypeError(f"plan must be a SamplingPlan, got {type(plan).__name__}")
     plan.check_fits(model.config.num_levels)
+    moments = _check_moments(moments, plan, model)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {DTYPES}, got {dtype}")
     device = _device(model)
@@ -88,12 +98,39 @@ def sample_latents(
     with torch.inference_mode(), torch.autocast(device.type, enabled=False):
         if name == "reference":
             copied, _ = _prepared(model, name, dtype)
-            return _sample_reference(copied, labels_B.to(device), plan, noise, on_level)
+            return _sample_reference(copied, labels_B.to(device), plan, noise, on_level, moments)
         with use_backend(name):
-            step = OuterStep(*_prepared(model, name, dtype), plan, dtype)
+            # Triton's graphs and eager Triton, to the last bit, do the same products.
+            rows: Rows = "fixed" if name == "triton" else "seen"
+            if on_level is not None and whole_levels:
+                rows = "all"
+            if moments is not None:
+                moments = prepared_moments(moments, name, dtype, device)
+            step = OuterStep(*_prepared(model, name, dtype), plan, dtype, rows, moments)
             if name == "triton" and graphs.wanted(device):
                 return graphs.sample(step, labels_B, noise, on_level)
             return _sample(step, labels_B, noise, on_level)
+
+
+@contextmanager
+def outer_steps(
+    model: FAR, plan: SamplingPlan, backend: str = "auto", dtype: torch.dtype | None = None
+) -> Iterator[OuterStep]:
+    """The outer steps of `plan`, for what looks into a run; call them inside the block.
+
+    model, plan, backend, dtype: see `sample_latents`. ValueError for backend "reference", whose
+    loop is one piece.
+    """
+    device = _device(model)
+    name = backends.resolve(backend, device, dtype, native_reason(model.config))
+    if name == "reference":
+        raise ValueError("backend 'reference' has no outer steps of its own; use 'torch'")
+    if isinstance(model, PreparedFAR):
+        dtype = _check_prepared(model, name, dtype)
+    elif dtype is None:
+        dtype = backends.best_dtype(name, device)
+    with torch.inference_mode(), torch.autocast(device.type, enabled=False), use_backend(name):
+        yield OuterStep(*_prepared(model, name, dtype), plan, dtype, "all")
 
 
 def check_labels(class_labels: Tensor | Sequence[int] | int, num_classes: int) -> Tensor:
@@ -137,6 +174,7 @@ def _sample_reference(
     plan: SamplingPlan,
     noise: NoiseSource,
     on_level: OnLevel | None,
+    moments: MomentHead | None,
 ) -> Tensor:
     config = model.config
     return reference.sample_latents(
@@ -151,7 +189,23 @@ def _sample_reference(
         kind=config.filter,
         num_timesteps=config.num_timesteps,
         on_level=on_level,
+        moments=None if moments is None else moments.moments,
     )
+
+
+def _check_moments(
+    moments: MomentHead | None, plan: SamplingPlan, model: FAR
+) -> MomentHead | None:
+    """The moment head if `plan` asks for one, else None; ValueError where it cannot be used."""
+    if not any(solver.needs_moments for solver in plan.solvers):
+        return None
+    if moments is None:
+        raise ValueError(
+            "this plan needs a moment head (fastfar.moments), and there is none: load a model that "
+            "has one, give moments=, or change the plan's solvers"
+        )
+    moments.check(plan, model.config)
+    return moments
 
 
 def _device(model: FAR) -> torch.device:

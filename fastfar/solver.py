@@ -41,8 +41,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastfar._coefficients import (
+    ancestral_columns,
+    dpm_solver_columns,
+    even_in_log_snr,
+    even_in_time,
+    noisiest_log_snr,
+)
 from fastfar._tables import real_tensors
-from fastfar.diffusion import DiffusionTables, cosine_alpha_bar, diffusion_tables, tables_at
+from fastfar.diffusion import DiffusionTables, diffusion_tables, tables_at
 
 METHODS = ("ddpm", "ddim", "dpmpp_2m", "sde_dpmpp_2m", "moments")
 VARIANCES = ("log", "clamped_log", "linear", "table", "closure")
@@ -64,8 +71,6 @@ COLUMNS = (
     "fraction_max",
 )
 _DETERMINISTIC = ("ddim", "dpmpp_2m")
-# f exceeds 1 between the modes of a posterior; a network that says much more is wrong.
-_MAX_FRACTION = 1.2
 
 
 def _require(condition: bool, message: str) -> None:
@@ -84,7 +89,7 @@ class Solver:
         spacing: "time" spreads the timesteps evenly over t, "log_snr" over lambda, from
             `first_timestep` to the clean end.
         first_timestep: the noisiest timestep; None is the last of the training schedule, with the
-            published rounding of the others.
+            published rounding of the others ("time"), or the last with lambda >= -5.1 ("log_snr").
         timesteps: explicit, strictly descending; None follows `spacing`.
         start: x_T ~ N(0, 1), or "moments": N(a m, a^2 C + s^2) of the moment head's m and C.
         guidance_range: (low, high): only timesteps within it, both included, are guided; elsewhere
@@ -226,12 +231,14 @@ class Schedule:
     Attributes:
         timesteps: T of them, the noisiest first.
         table: (T, 11) float64, see `COLUMNS`.
+        numbers: the same as plain numbers, T rows by column.
         alpha_bar: (T + 1,) float64 at the timesteps, and 1 at the end.
         segments: runs of steps with and without guidance.
     """
 
     timesteps: tuple[int, ...]
     table: Tensor
+    numbers: tuple[Mapping[str, float], ...]
     alpha_bar: Tensor
     segments: tuple[Segment, ...]
 
@@ -257,14 +264,16 @@ def schedule(
         alpha_bar = torch.cat([alpha_bar, alpha_bar.new_ones(1)])
         columns = {"x0_from_x": tables.recip.flip(0), "x0_from_eps": tables.recip_m1.flip(0)}
         if solver.method == "ddpm":
-            columns |= _ddpm(tables, solver.variance)
+            columns |= ancestral_columns(tables, solver.variance)
         else:
             second = _second_order(steps, segments) if "2m" in solver.method else [False] * steps
-            columns |= _dpmpp(tables, second, stochastic=solver.method == "sde_dpmpp_2m")
+            stochastic = solver.method == "sde_dpmpp_2m"
+            columns |= dpm_solver_columns(tables, second, stochastic)
         columns["noise"] = columns["noise"] * temperature
         columns["noise"][-1] = 0.0
         stacked = torch.stack([columns[name] for name in COLUMNS], dim=1).contiguous()
-    return Schedule(timesteps, stacked, alpha_bar, segments)
+        numbers = tuple(dict(zip(COLUMNS, row, strict=True)) for row in stacked.tolist())
+    return Schedule(timesteps, stacked, numbers, alpha_bar, segments)
 
 
 # --- timesteps -------------------------------------------------------------------------------
@@ -277,7 +286,9 @@ def _tables(solver: Solver, steps: int, num_timesteps: int) -> DiffusionTables:
     elif solver.first_timestep is None and solver.spacing == "time":
         return diffusion_tables(steps, num_timesteps)
     else:
-        first = num_timesteps - 1 if solver.first_timestep is None else solver.first_timestep
+        first = solver.first_timestep
+        if first is None:
+            first = noisiest_log_snr(num_timesteps)
         _check_range(first, num_timesteps)
         chosen = _SPACED[solver.spacing](first, steps, num_timesteps)
     _check_range(chosen[0], num_timesteps)
@@ -291,30 +302,7 @@ def _check_range(timestep: int, num_timesteps: int) -> None:
     )
 
 
-def _even_in_time(first: int, steps: int, num_timesteps: int) -> list[int]:
-    if steps == 1:
-        return [first]
-    return [round(first * (steps - 1 - i) / (steps - 1)) for i in range(steps)]
-
-
-def _even_in_log_snr(first: int, steps: int, num_timesteps: int) -> list[int]:
-    """T of T + 1 equal parts of lambda: the last one is the jump from there to the clean token."""
-    alpha_bar = cosine_alpha_bar(num_timesteps)
-    log_snr = (alpha_bar / (1.0 - alpha_bar)).log() / 2.0
-    parts = torch.arange(steps, dtype=torch.float64) / steps
-    wanted = log_snr[first] + parts * (log_snr[0] - log_snr[first])
-    chosen: list[int] = (log_snr[:, None] - wanted).abs().argmin(dim=0).tolist()
-    # Timesteps are whole: many of them crowd at the clean end, where lambda is steep.
-    for i in reversed(range(steps - 1)):
-        chosen[i] = max(chosen[i], chosen[i + 1] + 1)
-    _require(
-        chosen[0] == first or steps == 1,
-        f"{steps} steps are too many for spacing 'log_snr' from timestep {first}: use 'time'",
-    )
-    return chosen
-
-
-_SPACED = {"time": _even_in_time, "log_snr": _even_in_log_snr}
+_SPACED = {"time": even_in_time, "log_snr": even_in_log_snr}
 
 
 def _segments(
@@ -331,62 +319,6 @@ def _second_order(steps: int, segments: tuple[Segment, ...]) -> list[bool]:
     """Which steps may look at the x0 before: not the first of a segment, and not the last."""
     first = {segment.first for segment in segments}
     return [i not in first and i != steps - 1 for i in range(steps)]
-
-
-# --- coefficients of the methods: tables are in training order, results in sampling order ----
-
-
-def _ddpm(tables: DiffusionTables, variance: str) -> dict[str, Tensor]:
-    zero, one = torch.zeros_like(tables.recip), torch.ones_like(tables.recip)
-    columns = {
-        "x": tables.mean_xt.flip(0),
-        "x0": tables.mean_x0.flip(0),
-        "x0_previous": zero,
-        "low": zero,
-        "high": zero,
-        "noise": one.clone(),
-        "linear": zero,
-        "fraction_min": one * -math.inf,
-        "fraction_max": one * math.inf,
-    }
-    if variance in ("log", "clamped_log"):
-        columns |= {"low": tables.log_posterior.flip(0), "high": tables.log_beta.flip(0)}
-    if variance == "clamped_log":
-        columns |= {"fraction_min": zero, "fraction_max": one}
-    if variance == "linear":
-        columns |= {"low": tables.log_posterior.exp().flip(0), "linear": one}
-        columns |= {"high": tables.log_beta.exp().flip(0)}
-        columns |= {"fraction_min": zero, "fraction_max": one * _MAX_FRACTION}
-    return columns
-
-
-def _dpmpp(
-    tables: DiffusionTables, second_order: list[bool], stochastic: bool
-) -> dict[str, Tensor]:
-    """Of the ODE or of the SDE; DDIM is the ODE's first order."""
-    a, s = tables.signal.flip(0), tables.sigma.flip(0)
-    a_next, s_next = torch.cat([a[1:], a.new_ones(1)]), torch.cat([s[1:], s.new_zeros(1)])
-    ratio = s_next * a / (s * a_next)  # e^-h
-    decay = ratio**2 if stochastic else ratio
-    h = -ratio.log()
-    weight = torch.zeros_like(h)  # of the difference to the x0 before
-    for i, second in enumerate(second_order):
-        if second:
-            weight[i] = h[i] / (2.0 * h[i - 1])
-    x0 = a_next * (1.0 - decay)
-    zero, one = torch.zeros_like(h), torch.ones_like(h)
-    noise = s_next * (1.0 - decay).sqrt() if stochastic else zero.clone()
-    return {
-        "x": s_next / s * (ratio if stochastic else one),
-        "x0": x0 * (1.0 + weight),
-        "x0_previous": -x0 * weight,
-        "low": zero,
-        "high": zero,
-        "noise": noise,
-        "linear": zero,
-        "fraction_min": one * -math.inf,
-        "fraction_max": one * math.inf,
-    }
 
 
 # --- noise that is known before the loop -----------------------------------------------------
@@ -413,10 +345,10 @@ def shaped(
             "moments of a moment head (fastfar.moments), or use start='normal' and another variance"
         )
     if solver.start == "moments" and moments is not None:
-        alpha_bar = float(steps.alpha_bar[0])
-        deviation_NP = (alpha_bar * moments.variance_NP + (1.0 - alpha_bar)).sqrt()
+        signal = 1.0 / steps.numbers[0]["x0_from_x"]
+        deviation_NP = (signal**2 * moments.variance_NP + (1.0 - signal**2)).sqrt()
         spread_NP = (temperature * deviation_NP * initial_NP) @ moments.basis_PP.mT
-        initial_NP = math.sqrt(alpha_bar) * moments.mean_NP + spread_NP
+        initial_NP = signal * moments.mean_NP + spread_NP
     elif solver.method in _DETERMINISTIC:
         initial_NP = temperature * initial_NP
     if solver.variance == "table":

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastfar import diffusion, levels
+from fastfar import diffusion, levels, solver
 from fastfar._weights import skeleton
 from fastfar.backend import described_gpu
 from fastfar.config import FARConfig
@@ -129,6 +129,8 @@ def _described(leaf: Any) -> Any:
 
 _CACHES = (
     diffusion.device_table,
+    diffusion.device_timesteps,
+    solver._noise_table,
     levels.filter_table,
     _denoise_triton._device_update_table,
 )
@@ -154,11 +156,9 @@ def fake_cuda() -> Iterator[None]:
         yield
 
 
-def fill_host_tables(config: FARConfig, steps: tuple[int, ...] = ()) -> None:
+def fill_host_tables(config: FARConfig) -> None:
     """Tables of the host that a run needs, before `fake_cuda` is entered: they are to be real."""
     levels.filter_matrices(config.latent_size, config.num_levels, config.filter)
-    for count in (*steps, config.num_timesteps):
-        diffusion.step_coefficients(count, config.num_timesteps)
 
 
 def fake_far(config: FARConfig, dtype: torch.dtype, device: str = "cuda") -> FAR:

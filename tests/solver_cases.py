@@ -20,7 +20,7 @@ SOLVERS = {
     "closure": Solver(variance="closure", start="moments", first_timestep=900),
     "ddim": Solver(method="ddim", timesteps=(870, 500, 220, 31)),
     "2M": Solver(method="dpmpp_2m", spacing="log_snr", first_timestep=900, start="moments"),
-    "SDE-2M": Solver(method="sde_dpmpp_2m", spacing="log_snr", first_timestep=900),
+    "SDE-2M": Solver(method="sde_dpmpp_2m", spacing="log_snr"),
     "guidance range": Solver(
         method="dpmpp_2m", timesteps=(870, 500, 220, 31), guidance_range=(100, 600)
     ),

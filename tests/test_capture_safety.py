@@ -27,6 +27,7 @@ from fastfar.model import FAR
 from fastfar.ops import denoise_loop, use_backend
 from fastfar.ops._folded_head import fold_head
 from fastfar.outer_step import OuterStep
+from fastfar.solver import PUBLISHED, Moments, Solver
 
 pytest.importorskip("triton", minversion="3.2")  # a folder of that name has no version
 CONFIG = dataclasses.replace(
@@ -41,7 +42,7 @@ Body = Callable[[], None]
 
 @pytest.fixture(autouse=True)
 def host_tables() -> None:
-    fill_host_tables(CONFIG, (*STEPS, 4, 16))
+    fill_host_tables(CONFIG)
 
 
 def short(mode: str, ramp: tuple[float, ...]) -> SamplingPlan:
@@ -125,19 +126,44 @@ def test_graphs_by_level_hold_the_same_ops() -> None:
 # --- launches --------------------------------------------------------------------------------
 
 
-def loop_launches(steps: int, rows: int = 256) -> Counter[str]:
-    """Launches of a guided denoising loop; its tables are there already."""
-    with fake_cuda(), torch.inference_mode(), use_backend("triton"):
-        head = fold_head(fake_far(CONFIG, BF16).head_weights, BF16)
+def watched_loop(
+    steps: int, solver: Solver = PUBLISHED, name: str = "triton", rows: int = 256
+) -> Watch:
+    """A guided denoising loop; its tables are there already."""
+    channels = CONFIG.token_dim
+    with fake_cuda(), torch.inference_mode(), use_backend(name):
+        head: Any = fake_far(CONFIG, BF16).head_weights
+        if name == "triton":
+            head = fold_head(head, BF16)
         condition = torch.empty(2 * rows, CONFIG.width, dtype=BF16, device="cuda")
-        noise = torch.empty(steps, rows, CONFIG.token_dim, device="cuda")
-        initial = torch.empty(rows, CONFIG.token_dim, device="cuda")
+        noise = torch.empty(steps, rows, channels, device="cuda")
+        shapes = ((rows, channels), (rows, channels), (channels, channels))
+        initial, *moments = (torch.empty(s, device="cuda") for s in ((rows, channels), *shapes))
         for watch in (Watch(None), Watch()):
             with watch:
                 denoise_loop(
-                    head, condition, 3, initial, noise, guidance_scale=2.0, temperature=0.9
-                )
-    return watch.launches
+                    head, condition, 3, initial, noise, guidance_scale=2.0, temperature=0.9,
+                    solver=solver, moments=Moments(*moments) if solver.needs_moments else None,
+                )  # fmt: skip
+    return watch
+
+
+def loop_launches(steps: int, solver: Solver = PUBLISHED) -> Counter[str]:
+    return watched_loop(steps, solver).launches
+
+
+@BACKENDS
+@pytest.mark.parametrize(
+    "solver",
+    [
+        Solver("dpmpp_2m", spacing="log_snr", first_timestep=900, guidance_range=(100, 700)),
+        Solver(variance="table", variance_table=((0.1,) * 16, (0.2,) * 16)),
+        Solver(variance="closure", start="moments"),
+    ],
+    ids=["2m", "table", "moments"],
+)
+def test_other_solvers(solver: Solver, name: str) -> None:
+    assert len(watched_loop(2, solver, name).calls) > 30
 
 
 def test_launches_of_a_diffusion_step() -> None:
@@ -157,6 +183,16 @@ def test_launches_of_a_diffusion_step() -> None:
         }
     ), more
     assert more.total() == (4 * depth + 1) * steps + 3 * chunks
+
+
+def test_launches_of_a_guidance_range() -> None:
+    """Guidance that is switched twice: two more loops, which start with a copy and with zeros."""
+    timesteps = (900, 500, 400, 10)
+    more = loop_launches(4, Solver(timesteps=timesteps, guidance_range=(300, 600)))
+    more -= loop_launches(4, Solver(timesteps=timesteps))
+    names = ("aten::linear", "fastfar::denoise_activate", "fastfar::denoise_step")
+    begins = ("aten::to", "aten::zeros_like")
+    assert more == Counter(dict.fromkeys((*names, *begins), 2)), more
 
 
 # --- training --------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from fastfar.costs.published import published
 from fastfar.costs.trace import tracing
 from fastfar.diffusion import diffusion_tables
 from fastfar.plan import SamplingPlan
+from fastfar.solver import Solver
 
 # One FLOP, one byte, one everything: times can be read off.
 TOY = dataclasses.replace(
@@ -259,6 +260,22 @@ def test_kernels_of_a_diffusion_step(prediction: image.Prediction) -> None:
         assert head.chain.launches == pytest.approx(20 * 5 + 20 / head.chunk)
         assert head.modulations.launches == pytest.approx(20 / head.chunk * 2)
     assert prediction.launches_per_step == pytest.approx(5 + 0.1 * 3 / 4 + 0.9 * 3 / 2)
+
+
+def test_kernels_of_a_guidance_range() -> None:
+    """Switched twice: three chunks, and a copy and zeros where a later loop starts."""
+    solver = Solver(timesteps=(900, 500, 400, 10), guidance_range=(300, 600))
+    plan = PLAN.with_changes(diffusion_steps=4, solvers=solver)
+    first, *later = image.predict(SMALL, plan, H100, BATCH).heads
+    assert (first.chain.launches, first.modulations.launches) == (4 * 5 + 1, 2)
+    for head in later:
+        assert (head.chain.launches, head.modulations.launches) == (4 * 5 + 3 + 2 * 2, 3 * 2)
+
+
+def test_a_moment_head_is_not_priced() -> None:
+    plan = PLAN.with_changes(solvers=Solver(start="moments"))
+    with pytest.raises(ValueError, match="moment head"):
+        image.predict(SMALL, plan, H100)
 
 
 def test_a_batch_costs_less_than_its_images(prediction: image.Prediction) -> None:

@@ -28,13 +28,19 @@ from fastfar.levels import filter_table
 from fastfar.noise import CheckedNoise, NoiseSource
 from fastfar.ops import _denoise_triton, use_backend
 from fastfar.outer_step import OuterStep
+from fastfar.rows import Rows
+from fastfar.solver import PUBLISHED
 
 SHORT = SamplingPlan.official("nomask", diffusion_steps=2).with_changes(
     levels=(0, 3, 6), input_levels=(None, 3, 6), guidance_ramp=(0.0, 0.5, 0.9),
     temperatures=(0.9, 0.95, 1.0), diffusion_steps=(2, 3, 1), x0_range=(-2.0, 2.0),
 )  # fmt: skip
 MASKED = SHORT.with_changes(mask_ratios=(1.0, 0.6, 0.2), guidance_ramp=(1.0, 0.5, 0.9))
-PLANS = pytest.mark.parametrize("plan", [SHORT, MASKED], ids=["nomask", "mask"])
+# The head of its first two steps runs on the tokens alone that stay visible.
+UNFILTERED = MASKED.with_changes(input_levels=(None, None, 16))
+PLANS = pytest.mark.parametrize(
+    "plan", [SHORT, MASKED, UNFILTERED], ids=["nomask", "mask", "mask, not filtered"]
+)
 
 
 class Captures:
@@ -58,7 +64,8 @@ class Captures:
         noise: NoiseSource | None = None,
     ) -> Tensor:
         with torch.inference_mode(), use_backend("torch"):
-            step = OuterStep(model, model.head_weights, plan, torch.float32)
+            rows: Rows = "fixed" if on_level is None else "all"
+            step = OuterStep(model, model.head_weights, plan, torch.float32, rows)
             noise = noise or seeded(model, seed, len(labels))
             return graphs.sample(step, torch.tensor(labels), noise, on_level, self.cache)
 
@@ -111,11 +118,11 @@ def test_a_replay_equals_eager_sampling(
 
 
 def test_a_graph_of_one_image_is_exactly_eager(tiny_model: FAR, captures: Captures) -> None:
-    """One class, so that both do the same products."""
-    captures.sample(tiny_model, [1], MASKED, 3)
+    """One class, and as many rows, so that both do the same products."""
     for label, seed in ((1, 3), (4, 3), (1, 4)):
-        ours = captures.sample(tiny_model, [label], MASKED, seed)
-        assert torch.equal(ours, eager(tiny_model, [label], MASKED, seed))
+        ours = captures.sample(tiny_model, [label], UNFILTERED, seed)
+        assert torch.equal(ours, eager(tiny_model, [label], UNFILTERED, seed))
+    assert len(captures.made) == 1
 
 
 def test_results_are_copies(tiny_model: FAR, captures: Captures) -> None:
@@ -320,10 +327,10 @@ def test_where_graphs_are_wanted() -> None:
 def test_a_pipeline_that_nobody_listens_to_needs_no_graph_by_level(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    listeners: list[object] = []
+    listeners: list[tuple[object, bool]] = []
 
-    def sampled(*args: Any) -> Tensor:
-        listeners.append(args[-1])
+    def sampled(*args: Any, **more: Any) -> Tensor:
+        listeners.append((args[7], more["whole_levels"]))
         return torch.zeros(1, 1, 8, 8)
 
     monkeypatch.setattr(pipeline, "sample_latents", sampled)
@@ -332,16 +339,17 @@ def test_a_pipeline_that_nobody_listens_to_needs_no_graph_by_level(
     pipe(1, output_type="latent", callback_on_level_end=lambda pipe, step, latents: None)
     pipe.set_progress_bar_config(disable=False, file=io.StringIO())
     pipe(1, output_type="latent")
-    assert [listener is None for listener in listeners] == [True, False, False]
+    assert [on_level is None for on_level, _ in listeners] == [True, False, False]
+    assert [whole for _, whole in listeners] == [False, True, False], "a bar shows no latents"
 
 
 def test_tables_that_a_graph_points_to_are_never_dropped() -> None:
     """A replay does not look them up again, so no cache may forget them."""
     device = torch.device("cpu")
-    table = weakref.ref(_denoise_triton._device_update_table(2, 1000, 0.5, device))
+    table = weakref.ref(_denoise_triton._device_update_table(PUBLISHED, 2, 1000, 0.5, device))
     matrices = weakref.ref(filter_table(4, 3, "area_bicubic", device, torch.float32))
     for i in range(100):
-        _denoise_triton._device_update_table(2, 1000, 1.0 + i, device)
+        _denoise_triton._device_update_table(PUBLISHED, 2, 1000, 1.0 + i, device)
         filter_table(4, 4 + i, "area_bicubic", device, torch.float32)
     gc.collect()
     assert table() is not None and matrices() is not None

@@ -40,20 +40,21 @@ PUBLIC = {
     "load_official",
     "sample_latents",
 }
-ALSO_PUBLIC = {"PixelTokenizer", "SeededNoise", "__version__"}
+ALSO_PUBLIC = {"PixelTokenizer", "SeededNoise", "Solver", "__version__"}
 
 # Imports run one way: a module imports from its own layer and from those above it in this list.
 LAYERS: tuple[set[str], ...] = (
     {"_version", "_files", "_memory", "_native", "_packages", "_tables", "_weights", "backend"}
     | {"config", "kernels", "packing", "profiling"},
-    {"data", "diagonal_gaussian", "diffusion", "levels", "noise", "plan"},
+    {"data", "diagonal_gaussian", "diffusion", "levels", "noise", "plan", "rows", "solver"}
+    | {"_coefficients"},
     {"ops"},
-    {"head", "diffloss", "transformer", "nn", "kl_vae", "tokenizer", "model", "prepared"}
+    {"head", "diffloss", "transformer", "nn", "kl_vae", "tokenizer", "model", "moments", "prepared"}
     | {"checkpoint"},
     {"decoding", "sampling", "outer_step", "graphs", "training", "baselines"},
     {"pipeline", "pictures"},
     {"evaluation", "costs"},
-    {"bench"},
+    {"bench", "experiments"},
     {"cli", "__main__"},
 )
 USES_REFERENCE = ("sampling", "ops", "evaluation", "costs", "bench", "cli")

@@ -210,6 +210,13 @@ def test_log_snr_spacing_is_even_in_log_snr():
     assert float(end) == pytest.approx(float(gaps.mean()), rel=0.15)
 
 
+def test_log_snr_spacing_begins_where_lambda_runs_away():
+    alpha_bar = cosine_alpha_bar()
+    log_snr = 0.5 * (alpha_bar / (1 - alpha_bar)).log()
+    first = schedule(Solver(spacing="log_snr"), 9).timesteps[0]
+    assert float(log_snr[first]) >= -5.1 > float(log_snr[first + 1])
+
+
 @pytest.mark.parametrize("steps", [1, 2, 7, 16, 40])
 def test_timesteps_descend_strictly(steps):
     for spacing in ("time", "log_snr"):

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from fastfar._weights import skeleton
 from fastfar.baselines._linear import PreparedLinear, can_pack
 from fastfar.baselines._mar_noise import Draws
-from fastfar.diffusion import diffusion_tables, update_table
 from fastfar.graphs import Capturer, CudaCapturer, wanted
 from fastfar.head import EPS, FinalLayer, ResBlock, SimpleMLPAdaLN
 from fastfar.model import FAR
 from fastfar.ops import layernorm_linear, use_backend
+from fastfar.solver import PUBLISHED, schedule
 from fastfar.transformer import Block
 
 THIN = 16  # rows up to which a CPU multiplies faster with the weight on the left
@@ -139,7 +139,7 @@ class WellRun:
         tokens = rows if guidance_scale is None else rows // 2
         initial_NP = draws.next(tokens, width)
         # As many as the published form draws, so that equal generators give equal tokens.
-        noise_TNP = draws.several(len(self._head.table_T8), rows, width)[:, :tokens]
+        noise_TNP = draws.several(len(self._head.table_T11), rows, width)[:, :tokens]
         scale = () if guidance_scale is None else (guidance_scale,)
         return self._all_steps(condition_MD, initial_NP, noise_TNP, *scale)
 
@@ -181,9 +181,10 @@ class Head:
         weight, num_timesteps = self.head.input_proj.weight, network.config.num_timesteps
         self.dtype, self.width = weight.dtype, self.head.model_channels
         self.modulations = _take_modulations(self.head)
-        timestep_T = diffusion_tables(diffusion_steps, num_timesteps).timestep.flip(0)
-        self.time_TW: Tensor = self.head.time_embed(timestep_T.to(weight.device))
-        self.table_T8 = update_table(diffusion_steps, num_timesteps, temperature).to(weight.device)
+        steps = schedule(PUBLISHED, diffusion_steps, num_timesteps, temperature)
+        timestep_T = torch.tensor(steps.timesteps, device=weight.device)
+        self.time_TW: Tensor = self.head.time_embed(timestep_T)
+        self.table_T11 = steps.table.to(weight.device, torch.float32)
         # dynamic=False: the number of rows does not change within a run.
         self._step = torch.compile(self.step, dynamic=False) if compile else self.step
 
@@ -202,18 +203,19 @@ class Head:
             active_TMW = F.silu(time_TW[:, None] + condition_MW)
             both = zip(self.modulations(active_TMW), range(start, start + ahead), strict=False)
             for modulations, t in both:
-                x_NP = self._step(x_NP, modulations, self.table_T8[t], noise_TNP[t], guidance_scale)
+                table_11, noise_NP = self.table_T11[t], noise_TNP[t]
+                x_NP = self._step(x_NP, modulations, table_11, noise_NP, guidance_scale)
         return x_NP
 
     def step(
         self,
         x_NP: Tensor,
         modulations: Tensor,
-        table_8: Tensor,
+        table_11: Tensor,
         noise_NP: Tensor,
         guidance_scale: Tensor | None,
     ) -> Tensor:
-        """One diffusion step. modulations: (M, (3 d + 2) W); table_8: row of `update_table`."""
+        """One diffusion step. modulations: (M, (3 d + 2) W); table_11: row of `schedule`."""
         head, rows = self.head, len(x_NP)
         parts = iter(modulations.view(len(modulations), -1, self.width).unbind(dim=1))
         h_MW = linear(head.input_proj, x_NP.to(self.dtype))
@@ -232,7 +234,7 @@ class Head:
         if guidance_scale is not None:
             eps_NP = eps_MP[rows:] + guidance_scale * (eps_NP - eps_MP[rows:])
 
-        recip, recip_m1, mean_xt, mean_x0, _, low, high, noise = table_8.unbind()
+        recip, recip_m1, mean_xt, mean_x0, _, low, high, noise, *_ = table_11.unbind()
         x0_NP = recip * x_NP - recip_m1 * eps_NP
         if self.x0_range is not None:
             x0_NP = x0_NP.clamp(*self.x0_range)

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfar.diffusion import diffusion_tables, update_table
 from fastfar.levels import unpatchify
 from fastfar.model import FAR
 from fastfar.noise import NoiseSource
 from fastfar.ops import filter_mask_patchify
 from fastfar.plan import SamplingPlan
 from fastfar.profiling import annotate
+from fastfar.solver import PUBLISHED, schedule
 
 
 class Compiled:
@@ -41,7 +41,7 @@ class Compiled:
         condition_MD: Tensor,
         level_M: Tensor,
         timestep_M: Tensor,
-        table_8: Tensor,
+        table_11: Tensor,
         noise_NP: Tensor,
         scale: Tensor,
         x0_range_2: Tensor,
@@ -52,11 +52,11 @@ class Compiled:
         out_M2P = self.model.head(both_MP, timestep_M, condition_MD, level_M).float()
         eps_MP, v_MP = out_M2P.chunk(2, dim=-1)
         eps_NP = eps_MP[rows:] + scale * (eps_MP[:rows] - eps_MP[rows:])
-        x0_NP = (table_8[0] * x_NP - table_8[1] * eps_NP).clamp(x0_range_2[0], x0_range_2[1])
+        x0_NP = (table_11[0] * x_NP - table_11[1] * eps_NP).clamp(x0_range_2[0], x0_range_2[1])
         fraction = (v_MP[:rows] + 1.0) / 2.0
-        log_variance = fraction * table_8[6] + (1.0 - fraction) * table_8[5]
-        noise_NP = table_8[7] * torch.exp(0.5 * log_variance) * noise_NP
-        next_NP: Tensor = table_8[2] * x_NP + table_8[3] * x0_NP + noise_NP
+        log_variance = fraction * table_11[6] + (1.0 - fraction) * table_11[5]
+        noise_NP = table_11[7] * torch.exp(0.5 * log_variance) * noise_NP
+        next_NP: Tensor = table_11[2] * x_NP + table_11[3] * x0_NP + noise_NP
         return next_NP
 
     @torch.inference_mode()
@@ -88,18 +88,19 @@ class Compiled:
             both = tokens_BLP.repeat(2, 1, 1).to(self.dtype)
             with annotate("transformer"):
                 z_MD = self.transformer(both, class_MD).flatten(0, 1).clone()
-            x_NP, steps = noise.initial(k), plan.diffusion_steps[k]
-            noise_TNP = noise.steps(k, steps)
-            timesteps = diffusion_tables(steps, config.num_timesteps).timestep.flip(0).to(device)
-            table_T8 = update_table(steps, config.num_timesteps, plan.temperatures[k]).to(device)
+            x_NP, count = noise.initial(k), plan.diffusion_steps[k]
+            noise_TNP = noise.steps(k, count)
+            steps = schedule(PUBLISHED, count, config.num_timesteps, plan.temperatures[k])
+            timesteps = torch.tensor(steps.timesteps, device=device)
+            table_T11 = steps.table.to(device, torch.float32)
             level_M = torch.full((len(z_MD),), float(level), device=device)
             scale = torch.tensor(plan.guidance_scales[k], device=device)
             with annotate("head"):
-                for t in range(steps):
+                for t in range(count):
                     timestep_M = timesteps[t].expand(len(z_MD)).contiguous()
                     # A copy, as a CUDA graph writes over its result when it is replayed.
                     x_NP = self.step(
-                        x_NP, z_MD, level_M, timestep_M, table_T8[t], noise_TNP[t], scale,
+                        x_NP, z_MD, level_M, timestep_M, table_T11[t], noise_TNP[t], scale,
                         x0_range_2,
                     ).clone()  # fmt: skip
             x_BLP = x_NP.view(batch, config.num_tokens, -1)

@@ -14,14 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastfar.diffusion import diffusion_tables, timestep_embedding, update_table
+from fastfar.diffusion import timestep_embedding
+from fastfar.solver import PUBLISHED, schedule
 
 
 class Step(nn.Module):
     """One diffusion step with nothing left to decide.
 
-    forward(x_NP, time_1W, base_MW, table_8, noise_NP) -> x_NP: base_MW and time_1W are the hoisted
-    embeddings, table_8 the step's row of `update_table`.
+    forward(x_NP, time_1W, base_MW, table_11, noise_NP) -> x_NP: base_MW and time_1W are the hoisted
+    embeddings, table_11 the step's row of `schedule`.
     """
 
     final_layer_linear_weight: Tensor
@@ -45,7 +46,7 @@ class Step(nn.Module):
         return F.linear(x, getattr(self, name + "_weight"), getattr(self, name + "_bias"))
 
     def forward(
-        self, x_NP: Tensor, time_1W: Tensor, base_MW: Tensor, table_8: Tensor, noise_NP: Tensor
+        self, x_NP: Tensor, time_1W: Tensor, base_MW: Tensor, table_11: Tensor, noise_NP: Tensor
     ) -> Tensor:
         modulation = self._linear("modulation", F.silu(base_MW + time_1W))
         parts = iter(modulation.chunk(3 * self.depth + 2, dim=-1))
@@ -66,11 +67,11 @@ class Step(nn.Module):
         weight, bias = self.final_layer_linear_weight, self.final_layer_linear_bias
         free_NP = F.linear(y_MW[self.tokens :], weight[:numbers], bias[:numbers]).float()
         eps_NP = free_NP + self.scale * (eps_NP - free_NP)
-        x0_NP = (table_8[0] * x_NP - table_8[1] * eps_NP).clamp(*self.bounds)
+        x0_NP = (table_11[0] * x_NP - table_11[1] * eps_NP).clamp(*self.bounds)
         fraction = (v_NP + 1.0) / 2.0
-        log_variance = fraction * table_8[6] + (1.0 - fraction) * table_8[5]
-        noise_NP = table_8[7] * torch.exp(0.5 * log_variance) * noise_NP
-        next_NP: Tensor = table_8[2] * x_NP + table_8[3] * x0_NP + noise_NP
+        log_variance = fraction * table_11[6] + (1.0 - fraction) * table_11[5]
+        noise_NP = table_11[7] * torch.exp(0.5 * log_variance) * noise_NP
+        next_NP: Tensor = table_11[2] * x_NP + table_11[3] * x0_NP + noise_NP
         return next_NP
 
 
@@ -97,8 +98,9 @@ def compiled_denoise_loop(
         fullgraph=True,
         options={"freezing": True},
     )
-    table_T8 = update_table(len(noise_TNP), num_timesteps, temperature).to(device)
-    timesteps = diffusion_tables(len(noise_TNP), num_timesteps).timestep.flip(0).to(device)
+    steps = schedule(PUBLISHED, len(noise_TNP), num_timesteps, temperature)
+    table_T11 = steps.table.to(device, torch.float32)
+    timesteps = torch.tensor(steps.timesteps, device=device)
 
     def linear(name: str, x: Tensor) -> Tensor:
         return F.linear(x, head[name + ".weight"], head[name + ".bias"])
@@ -112,7 +114,7 @@ def compiled_denoise_loop(
         base_MW = base_MW + linear("index_cond_embed", level_11)
         x_NP = initial_NP.float()
         for t, noise_NP in enumerate(noise_TNP.float()):
-            x_NP = step(x_NP, time_TW[t : t + 1], base_MW, table_T8[t], noise_NP)
+            x_NP = step(x_NP, time_TW[t : t + 1], base_MW, table_T11[t], noise_NP)
         return x_NP
 
     return run

@@ -35,6 +35,7 @@ from fastfar.noise import NoiseSource, seeded_noise
 from fastfar.plan import SamplingPlan
 from fastfar.prepared import prepare_native
 from fastfar.profiling import annotate
+from fastfar.rows import Rows
 from fastfar.sampling import sample_latents
 from fastfar.tokenizer import PixelTokenizer
 
@@ -281,7 +282,12 @@ class FARSubject:
 
     @property
     def mode(self) -> str:
-        """Honesty mode: "parity" in float32, "exact" where products are rounded to 16 bits."""
+        """Honesty mode: "parity" in float32, "exact" where products are rounded to 16 bits.
+
+        A plan with another sampler than the published one is "approximate" in any dtype.
+        """
+        if self.sampling_plan.is_approximate:
+            return "approximate"
         if self.form == "autocast":
             return "as published"
         return "exact" if self.dtype in HALF else "parity"
@@ -351,26 +357,29 @@ class FARSubject:
         )
 
     def executed_flops(self, batch: int) -> int | None:
-        """What this form multiplies for a batch; None with masks, which nothing here counts."""
+        """What this form multiplies for a batch; None for the published way with masks."""
         return sum(self.stage_flops(batch).values()) or None
 
     def stage_flops(self, batch: int) -> dict[str, int]:
-        """`executed_flops` of "transformer", "head" and "decode"; empty where not counted."""
+        """`executed_flops` of "transformer", "head" and "decode"; empty where not counted.
+
+        With masks the mean over the orders of the tokens.
+        """
         plan, config = self.sampling_plan, self.weights.config
-        if plan.mask_ratios is not None:
-            return {}
-        work = counts.native_work(config, plan, self._vae)
+        rows: Rows = "fixed" if self.form in ("eager", "triton") else "seen"
+        work = counts.native_work(config, plan, self._vae, rows)
         found = {name: batch * stage.flops for name, stage in work.items()}
         if self.form in ("native", "eager", "triton"):
             return found
-        found |= {"transformer": 0, "head": 0}
-        for k, steps in enumerate(plan.diffusion_steps):
-            halves = counts.halves_of(plan, k) if self.form == "torch" else 2
-            head = counts.Head.of(config, config.num_tokens, halves, steps)
-            each = head.hoisted_flops() if self.form == "torch" else head.published_flops()
-            found["transformer"] += batch * counts.transformer_flops(config, halves)
-            found["head"] += batch * each
-        return found
+        if self.form == "torch":
+            loops = [loop for k in range(len(plan)) for loop in counts.loops_of(config, plan, k)]
+            return found | {"head": batch * sum(loop.hoisted_flops() for loop in loops)}
+        if plan.mask_ratios is not None:
+            return {}
+        transformer = len(plan) * counts.transformer_flops(config, 2)
+        heads = [counts.Head.of(config, config.num_tokens, 2, t) for t in plan.diffusion_steps]
+        head = sum(each.published_flops() for each in heads)
+        return found | {"transformer": batch * transformer, "head": batch * head}
 
     @property
     def _vae(self) -> KLVAE | None:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from fastfar.plan import SamplingPlan
+from fastfar.solver import Solver
 
 
 def first_steps(plan: SamplingPlan, count: int) -> SamplingPlan:
@@ -28,10 +29,19 @@ def plan_mode(plan: SamplingPlan) -> str:
 
 
 def plan_name(plan: SamplingPlan) -> str:
-    """Of the published T "official", of the paper's "paper", else "T=8"; with masks "-mask"."""
+    """Of the published T "official", of the paper's "paper", else "T=8"; with masks "-mask".
+
+    Presets are "fast" and "fast-moments"; other samplers carry their names and calls.
+    """
     kind = "nomask" if plan.mask_ratios is None else "mask"
     steps = plan.diffusion_steps
-    if steps == SamplingPlan.official(kind).diffusion_steps:
+    presets = {"fast": plan.fast(plan), "fast-moments": plan.fast(plan, moments=True)}
+    if plan in presets.values():
+        name = next(name for name, preset in presets.items() if preset == plan)
+    elif plan.is_approximate:
+        methods = "+".join(dict.fromkeys(_solver_name(solver) for solver in plan.solvers))
+        name = f"{methods}-{plan.head_calls}-calls"
+    elif steps == SamplingPlan.official(kind).diffusion_steps:
         name = "official"
     elif steps == SamplingPlan.paper(kind).diffusion_steps:
         name = "paper"
@@ -40,8 +50,13 @@ def plan_name(plan: SamplingPlan) -> str:
     return name if kind == "nomask" else name + "-mask"
 
 
+def _solver_name(solver: Solver) -> str:
+    return solver.variance if solver.method == "ddpm" else solver.method
+
+
 def steps_text(plan: SamplingPlan) -> str:
-    """"T = 100", "T = 40..100", for a title."""
+    """"T = 100", "T = 40..100", "T = 3..13 (fast)", for a title."""
     ends = dict.fromkeys((min(plan.diffusion_steps), max(plan.diffusion_steps)))
+    solved = f" ({plan_name(plan).removesuffix('-mask')})" if plan.is_approximate else ""
     masked = "" if plan.mask_ratios is None else ", masked"
-    return "T = " + "..".join(map(str, ends)) + masked
+    return "T = " + "..".join(map(str, ends)) + solved + masked

@@ -4,6 +4,7 @@ A selector is MODEL[/FORM[/PLAN]]:
 
     far_huge                     a preset in the forms that make sense on the device, official plan
     far_huge/native/paper        one form, with the paper's T from 40 to 100
+    far_huge/native/fast         the preset with few head calls: approximate
     demo/torch/T=8               the embedded checkpoint with another T; "official-mask" has masks
     var_d24, mar_huge/published  a baseline in both of its forms, or in one
 
@@ -233,13 +234,16 @@ def _named_plan(selector: str, weights: far.Weights, name: str) -> SamplingPlan:
     if masked in ("", "mask"):
         if base in ("official", "paper"):
             return weights.official(kind, base == "paper")
+        if base == "fast":
+            own = weights.plan if weights.plan is not None and not masked else None
+            return SamplingPlan.fast(own or weights.official(kind))
         steps = base.removeprefix("T=")
         if base.startswith("T=") and steps.isdecimal() and 1 <= int(steps) <= 1000:
             plan = weights.plan if weights.plan is not None and not masked else None
             return (plan or weights.official(kind)).with_changes(diffusion_steps=int(steps))
     raise ValueError(
-        f"{selector!r}: plan {name!r} is not known; allowed: official, paper, T=1..T=1000, each "
-        "also with -mask"
+        f"{selector!r}: plan {name!r} is not known; allowed: official, paper, fast, T=1..T=1000, "
+        "each also with -mask"
     )
 
 

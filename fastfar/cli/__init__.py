@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "train a model",
     "eval": "measure the quality of a checkpoint's samples",
     "bench": "measure, or predict, the time of an image",
+    "experiment": "run an experiment of the project again",
     "convert": "convert a published checkpoint",
     "doctor": "show hardware, back ends and optional packages",
 }
@@ -40,7 +41,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         description="Frequency-autoregressive image generation.",
         epilog="example: fastfar sample --classes 0,1,2 --output outputs/images.png",
     )
-    parser.add_argument("--version", action="version", version=f"fastfar {__version__}")
+    parser.add_argument("-V", "--version", action="version", version=f"fastfar {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     asked = next((word for word in arguments if not word.startswith("-")), None)
     for name, text in COMMANDS.items():

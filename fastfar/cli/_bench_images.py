@@ -41,7 +41,8 @@ def table3(args: argparse.Namespace) -> int:
         raise ValueError(f"table3 is about one image at a time, got --batch {args.batch}")
     device = torch.device(args.device)
     fast = "triton" if device.type == "cuda" else "native"
-    selectors = [*BASELINES, "far_huge/autocast", f"far_huge/{fast}", f"far_huge/{fast}/paper"]
+    plans = ("", "/fast", "/paper")
+    selectors = [*BASELINES, "far_huge/autocast", *(f"far_huge/{fast}{plan}" for plan in plans)]
     found = subjects.select(selectors, device, choice(args))
     return measure(args, found, Options("table3", (1,), args.repeats or 3), anchor=found[-1])
 

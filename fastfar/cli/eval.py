@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from fastfar._version import __version__
 from fastfar.backend import BACKENDS
+from fastfar.cli._plans import HELP, PLANS, plan_named
 from fastfar.data import load_fashion_mnist
 from fastfar.evaluation import (
     METRIC,
@@ -69,6 +70,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--samples", metavar="N", type=int, default=5000, help="how many (%(default)s)")
     add("--batch-size", metavar="N", type=int, default=100, help="per batch (%(default)s)")
     add("--seed", metavar="N", type=int, default=0, help="of the samples (%(default)s)")
+    add("--plan", choices=PLANS, help=HELP)
     add("--guidance-scale", metavar="S", type=float, help="in place of the checkpoint's")
     add("--diffusion-steps", metavar="T", type=int, help="in place of the checkpoint's")
     add("--backend", choices=("auto", *BACKENDS), default="auto", help="(%(default)s)")
@@ -147,7 +149,7 @@ def _draw(args: argparse.Namespace) -> tuple[Tensor, Tensor, dict[str, Any]] | N
 
     pipeline = fastfar.FARPipeline.from_pretrained(args.checkpoint)
     changes = {"guidance_scale": args.guidance_scale, "diffusion_steps": args.diffusion_steps}
-    plan = pipeline.plan.with_changes(**changes)
+    plan = plan_named(args.plan, pipeline).with_changes(**changes)
     identity = {
         "weights": weights_fingerprint(pipeline.model),
         "plan": plan.to_dict(),
@@ -174,7 +176,7 @@ def _draw(args: argparse.Namespace) -> tuple[Tensor, Tensor, dict[str, Any]] | N
                 seed=args.seed,
                 progress=progress,
                 backend=args.backend,
-                **changes,
+                plan=plan,
             )
         except KeyboardInterrupt:
             bar.close()

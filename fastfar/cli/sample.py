@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from fastfar.cli._plans import HELP, PLANS, plan_named
+
 # PyTorch and the model are imported in `run`: --help and a wrong argument need not wait for them.
 if TYPE_CHECKING:
     import torch
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
     from fastfar.plan import SamplingPlan
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-_PLANS = ("official-nomask", "official-mask", "paper-nomask", "paper-mask")
 _ALSO = ("images", "levels", "animation", "trace")
 _TOKENS_PER_BATCH = 4096
 _MANY_CLASSES = 20
@@ -65,7 +66,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     add("--per-class", metavar="N", type=int, default=1, help="images per class (%(default)s)")
     add("--seed", metavar="N", type=int, default=0, help="(%(default)s)")
-    add("--plan", choices=_PLANS, help="a published schedule instead of the checkpoint's own")
+    add("--plan", choices=PLANS, help=HELP)
     add("--guidance-scale", metavar="S", type=float, help="1 is none (default: the checkpoint's)")
     add("--diffusion-steps", metavar="T", type=int, help="per level (default: the checkpoint's)")
     add("--backend", metavar="NAME", default="auto", help="auto, reference, torch, native, triton")
@@ -219,16 +220,6 @@ def parse_classes(text: str | None, num_classes: int, names: Sequence[str] | Non
     return labels
 
 
-def _plan(name: str | None, pipe: FARPipeline) -> SamplingPlan:
-    """The plan called `name`, with the bounds on x0 of the checkpoint's own."""
-    if name is None:
-        return pipe.plan
-    rule, mode = name.split("-")
-    plan_class = type(pipe.plan)
-    plan = plan_class.paper(mode) if rule == "paper" else plan_class.official(mode)
-    return plan.with_changes(x0_range=pipe.plan.x0_range)
-
-
 class _Job:
     """One run: what is sampled, and the images that are finished."""
 
@@ -240,7 +231,7 @@ class _Job:
 
         self.args, self.pipe = args, pipe
         config = pipe.model.config
-        self.plan: SamplingPlan = _plan(args.plan, pipe).with_changes(
+        self.plan: SamplingPlan = plan_named(args.plan, pipe).with_changes(
             guidance_scale=args.guidance_scale, diffusion_steps=args.diffusion_steps
         )
         self.classes = parse_classes(args.classes, config.num_classes, pipe.class_names)
@@ -302,6 +293,7 @@ class _Job:
             backend=self.args.backend,
             dtype=self.dtype,
             callback_on_level_end=on_level,
+            whole_levels=self.args.levels,
             return_dict=False,
         )
         assert isinstance(output, tuple)

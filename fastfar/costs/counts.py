@@ -18,6 +18,8 @@ from fastfar.config import FARConfig
 from fastfar.head import TIME_FEATURES
 from fastfar.kl_vae import KLVAE
 from fastfar.plan import SamplingPlan
+from fastfar.rows import Rows, mean_rows
+from fastfar.solver import schedule
 
 
 @dataclass(frozen=True)
@@ -87,13 +89,20 @@ class Head:
         return condition + self.steps * (TIME_FEATURES + self.width) * self.width
 
 
-def transformer_flops(config: FARConfig, images: int) -> int:
-    """One pass of encoder and decoder over `images` (guided: both halves) without masks."""
-    length, width = config.buffer_size + config.num_tokens, config.width
-    ratio = config.mlp_ratio
-    block = length * (8 + 4 * ratio) * width**2 + 4 * length**2 * width
-    ends = 2 * config.num_tokens * config.token_dim * width + 2 * length * width**2
-    return images * ((config.encoder_depth + config.decoder_depth) * block + ends)
+def transformer_flops(config: FARConfig, images: int, visible: int | None = None) -> int:
+    """One pass of encoder and decoder over `images` (guided: both halves).
+
+    visible: tokens that no mask hides, which are all that the encoder gets; None: there is no mask.
+    """
+    tokens, width = config.num_tokens if visible is None else visible, config.width
+    encoder, decoder = config.buffer_size + tokens, config.buffer_size + config.num_tokens
+
+    def block(length: int) -> int:
+        return int(length * (8 + 4 * config.mlp_ratio) * width**2 + 4 * length**2 * width)
+
+    ends = 2 * tokens * config.token_dim * width + 2 * encoder * width**2
+    blocks = config.encoder_depth * block(encoder) + config.decoder_depth * block(decoder)
+    return images * (blocks + ends)
 
 
 def transformer_bytes(config: FARConfig, size: int = 2) -> int:
@@ -105,6 +114,32 @@ def transformer_bytes(config: FARConfig, size: int = 2) -> int:
 def halves_of(plan: SamplingPlan, step: int) -> int:
     """Rows per token that an exact run needs at an outer step: 1 where guidance cancels."""
     return 1 if plan.guidance_scales[step] == 1.0 else 2
+
+
+def visible_of(config: FARConfig, plan: SamplingPlan, step: int) -> int | None:
+    """Tokens of an image that no mask hides at the input of an outer step; None: without masks."""
+    if plan.mask_ratios is None:
+        return None
+    return config.num_tokens - plan.num_masked(step, config.num_tokens)
+
+
+def loops_of(
+    config: FARConfig, plan: SamplingPlan, step: int, rows: Rows = "seen"
+) -> tuple[Head, ...]:
+    """Work of the denoising MLP at an outer step of one image: a loop with guidance or without.
+
+    Several where the solver is guided at some timesteps alone, none where it draws from moments.
+    rows: of how many tokens, see `fastfar.rows`; the mean over their orders.
+    """
+    solver, steps = plan.solvers[step], plan.diffusion_steps[step]
+    if solver.method == "moments":
+        return ()
+    tokens = round(mean_rows(plan, step, config, rows))
+    guided = halves_of(plan, step)
+    return tuple(
+        Head.of(config, tokens, guided if part.guided else 1, part.last - part.first)
+        for part in schedule(solver, steps, config.num_timesteps).segments
+    )
 
 
 @dataclass(frozen=True)
@@ -119,16 +154,18 @@ class Work:
         return max(self.flops / peak, self.bytes / bandwidth)
 
 
-def native_work(config: FARConfig, plan: SamplingPlan, vae: KLVAE | None) -> dict[str, Work]:
-    """What the native back end has to do for one image, by stage."""
+def native_work(
+    config: FARConfig, plan: SamplingPlan, vae: KLVAE | None, rows: Rows = "seen"
+) -> dict[str, Work]:
+    """What the native back end has to do for one image, by stage; rows: see `loops_of`."""
     transformer, head = [0, 0], [0, 0]
-    for step, steps in enumerate(plan.diffusion_steps):
-        halves = halves_of(plan, step)
-        transformer[0] += transformer_flops(config, halves)
+    for step in range(len(plan)):
+        visible = visible_of(config, plan, step)
+        transformer[0] += transformer_flops(config, halves_of(plan, step), visible)
         transformer[1] += transformer_bytes(config)
-        loop = Head.of(config, config.num_tokens, halves, steps)
-        head[0] += loop.native_flops()
-        head[1] += loop.native_bytes()
+        for loop in loops_of(config, plan, step, rows):
+            head[0] += loop.native_flops()
+            head[1] += loop.native_bytes()
     return {
         "transformer": Work(*transformer),
         "head": Work(*head),

@@ -2,7 +2,8 @@
 
 The outer steps of the real sampling code are traced (`trace.py`), each with few blocks and few
 diffusion steps, and continued: all blocks of a transformer cost the same, and so do all chunks of
-diffusion steps once L2 holds what it keeps. Memory: weights of the transformer come from there at
+diffusion steps of the published solver once L2 holds what it keeps. Of other solvers, which take
+few, all steps are traced. Memory: weights of the transformer come from there at
 every step; what L2 holds in the head follows from its size.
 
 Kernels run one after the other. A chunk of diffusion steps is three of them, the modulations of all
@@ -30,6 +31,8 @@ from fastfar.ops import use_backend
 from fastfar.ops._folded_head import FoldedHead, fold_head
 from fastfar.outer_step import Inputs, OuterStep
 from fastfar.plan import SamplingPlan
+from fastfar.rows import mean_rows
+from fastfar.solver import PUBLISHED, schedule
 
 STAGES = ("filter, embed", "encoder", "decoder", "head modulations", "head chain", "decode")
 # Kernels that belong to the modulations: SiLU of the conditions and the product after it.
@@ -175,7 +178,12 @@ def predict(
     """Time of `batch` images of different classes on the Triton back end, captured as a graph.
 
     vae: its decoder is a stage; None leaves that stage out.
+
+    Raises:
+        ValueError: the plan asks for a moment head, which is not priced.
     """
+    if any(solver.needs_moments for solver in plan.solvers):
+        raise ValueError("a moment head is not priced: predict a plan without moments")
     with tracing(gpu) as tracer:
         runner = _Runner(tracer, config, plan, batch, dtype)
         runner.trace(min(1, len(plan) - 1), 1, 1)  # tables are made at first use
@@ -210,7 +218,13 @@ def predict(
 def _key(config: FARConfig, plan: SamplingPlan, k: int) -> tuple[object, ...]:
     """Outer steps with the same key launch the same kernels on the same shapes."""
     guided = plan.guidance_scales[k] != 1.0
-    return k == 0, guided, plan.num_masked(k, config.num_tokens), plan.diffusion_steps[k]
+    masked, tokens = plan.num_masked(k, config.num_tokens), _head_tokens(config, plan, k)
+    return k == 0, guided, masked, tokens, plan.diffusion_steps[k], plan.solvers[k]
+
+
+def _head_tokens(config: FARConfig, plan: SamplingPlan, k: int) -> int:
+    """Tokens of an image that the head computes at an outer step that is captured."""
+    return round(mean_rows(plan, k, config, "fixed"))
 
 
 class _Runner:
@@ -247,20 +261,28 @@ class _Runner:
         tracer.know([vars(self.inputs), self.latent])
 
     def chunk(self, k: int) -> int:
-        """Diffusion steps whose modulations are computed at once."""
+        """Diffusion steps whose modulations are computed at once, where they are guided."""
         from fastfar.ops._denoise_triton import steps_ahead
 
-        rows = self.batch * self.config.num_tokens * counts.halves_of(self.plan, k)
+        tokens = self.batch * _head_tokens(self.config, self.plan, k)
+        rows = tokens * counts.halves_of(self.plan, k)
         return steps_ahead(rows, self.plan.diffusion_steps[k])
 
     def trace(self, k: int, blocks: int, steps: int | None = None) -> list[Event]:
-        """Kernels of outer step k with so many blocks; steps: None is a few chunks of them."""
+        """Kernels of outer step k with so many blocks; steps: of the published solver.
+
+        None: the first chunks of the published solver, or all steps of another one.
+        """
         model = self.step.model
         model.encoder_blocks, model.decoder_blocks = (part[:blocks] for part in self.blocks)
+        step = self.step
         if steps is None:
-            steps = min(self.plan.diffusion_steps[k], _CHUNKS * self.chunk(k))
-        if isinstance(self.step.head, FoldedHead):
-            self.step.head.time_embedding(steps, self.config.num_timesteps)
+            steps = traced_steps(self.plan, k, self.chunk(k))
+        else:
+            step = dataclasses.replace(step, plan=self.plan.with_changes(solvers=PUBLISHED))
+        if isinstance(step.head, FoldedHead):
+            solver = step.plan.solvers[k]
+            step.head.time_embedding(schedule(solver, steps, self.config.num_timesteps).timesteps)
         _, rows, channels = self.step.noise_shape(k, self.batch)
         initial = torch.empty(rows, channels, device="cuda:0")
         noise = torch.empty(steps, rows, channels, device="cuda:0")
@@ -268,9 +290,15 @@ class _Runner:
         self.tracer.drain()
         start = len(self.tracer.events)
         with use_backend("triton"):
-            self.step(k, self.inputs, self.latent, initial, noise)
+            step(k, self.inputs, self.latent, initial, noise)
         self.tracer.drain()
         return self.tracer.events[start:]
+
+
+def traced_steps(plan: SamplingPlan, k: int, chunk: int) -> int:
+    """Diffusion steps of outer step k that stand for all of them."""
+    steps = plan.diffusion_steps[k]
+    return min(steps, _CHUNKS * chunk) if plan.solvers[k] == PUBLISHED else steps
 
 
 Made = TypeVar("Made", FAR, KLVAE)
@@ -307,9 +335,8 @@ def _outer_step(
         each = (two[name] - one[name]) * (1.0 / blocks) if blocks else Total()
         stages[name] = one[name] + each * (depth - 1)
     stages["filter, embed"] = one["filter, embed"]
-    head = head_cost(
-        [e.work for e in more if e.stage == "head"], gpu, plan.diffusion_steps[k], chunk
-    )
+    works = [e.work for e in more if e.stage == "head"]
+    head = head_cost(works, gpu, plan.diffusion_steps[k], chunk, traced_steps(plan, k, chunk))
     stages["head modulations"] = head.modulations
     stages["head chain"] = head.begin + head.chain
     return stages, head
@@ -326,8 +353,10 @@ def _by_stage(events: list[Event], gpu: GPU) -> dict[str, Total]:
     return {name: Total.of(found.get(name, ())) for name in names}
 
 
-def head_cost(works: Sequence[Work], gpu: GPU, steps: int, chunk: int) -> HeadCost:
-    """The denoising loop of `steps` steps from the kernels of its first `_CHUNKS` chunks.
+def head_cost(
+    works: Sequence[Work], gpu: GPU, steps: int, chunk: int, traced: int
+) -> HeadCost:
+    """The denoising loop of `steps` steps from the kernels of the first `traced` of them.
 
     The second chunk stands for all that are not traced: L2 then holds what it keeps.
     """
@@ -337,7 +366,6 @@ def head_cost(works: Sequence[Work], gpu: GPU, steps: int, chunk: int) -> HeadCo
     costs = price_all(works, gpu)
     ends = [*starts[1:], len(costs)]
     chunks = [costs[start:end] for start, end in zip(starts, ends, strict=True)]
-    traced = min(steps, _CHUNKS * chunk)
     left = (steps - traced) / chunk  # chunks that are not traced
     steady = chunks[min(1, len(chunks) - 1)]
     modulations = [Total.of(part[:2]) for part in chunks]

@@ -8,6 +8,7 @@ from fastfar.evaluation.classifier import (
     save_classifier,
     train_classifier,
 )
+from fastfar.evaluation.equality import Verdict, decide, fd_spread
 from fastfar.evaluation.evaluate import METRIC, Judge, Row, comparisons, evaluate
 from fastfar.evaluation.metrics import (
     FeatureStatistics,
@@ -16,6 +17,7 @@ from fastfar.evaluation.metrics import (
     precision_recall,
 )
 from fastfar.evaluation.samples import SampleStore, draw_samples, load_images
+from fastfar.evaluation.tokens import TokenMetrics, token_metrics, token_report
 
 __all__ = [
     "METRIC",
@@ -24,16 +26,22 @@ __all__ = [
     "Judge",
     "Row",
     "SampleStore",
+    "TokenMetrics",
+    "Verdict",
     "accuracy",
     "class_agreement",
     "comparisons",
+    "decide",
     "draw_samples",
     "evaluate",
     "extract",
+    "fd_spread",
     "frechet_distance",
     "load_classifier",
     "load_images",
     "precision_recall",
     "save_classifier",
+    "token_metrics",
+    "token_report",
     "train_classifier",
 ]

@@ -66,6 +66,8 @@ class Judge:
     FD-fashion uses all of ``reference``.  Precision and recall, whose k-NN radii depend on the
     number of points, use a fixed class-balanced part of it of the size of the judged set (all of it
     where the set is larger).
+
+    `statistics`: mean and covariance of the real features.
     """
 
     def __init__(
@@ -78,7 +80,7 @@ class Judge:
         self.reference_name = f"{reference_name} {len(reference)}"
         features_BF, self._classes_B = extract(classifier, reference.images)
         self._features: Array = features_BF.numpy().astype("float64")
-        self._statistics = FeatureStatistics.of(self._features)
+        self.statistics = FeatureStatistics.of(self._features)
 
     @property
     def accuracy(self) -> float:
@@ -106,7 +108,7 @@ class Judge:
             name=name,
             kind=kind,
             count=len(images_BHW),
-            fd=frechet_distance(FeatureStatistics.of(features), self._statistics),
+            fd=frechet_distance(FeatureStatistics.of(features), self.statistics),
             precision=precision,
             recall=recall,
             class_agreement=agreement,

@@ -58,33 +58,38 @@ class SampleStore:
                 temporary.write_text(json.dumps(run, indent=2) + "\n")
 
     def read(self, count: int) -> tuple[Tensor, Tensor]:
-        """Samples 0..count-1, uint8 (count, H, W), and which of them are there, bool (count,).
-
-        A damaged chunk counts as not there.
-        """
-        images_BHW = torch.zeros((count, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8)
-        there_B = torch.zeros(count, dtype=torch.bool)
-        for file in sorted(self.folder.glob("*.npy")):
-            match = _CHUNK.fullmatch(file.name)
-            if match is None or int(match[1]) >= count:
-                continue
-            start, stop = int(match[1]), int(match[2])
-            try:
-                chunk = np.load(file, allow_pickle=False)
-            except (ValueError, EOFError, OSError):
-                continue
-            if chunk.shape != (stop - start, IMAGE_SIZE, IMAGE_SIZE) or chunk.dtype != np.uint8:
-                continue
-            stop = min(stop, count)
-            images_BHW[start:stop] = torch.from_numpy(chunk[: stop - start])
-            there_B[start:stop] = True
-        return images_BHW, there_B
+        """`read_chunks` of this folder."""
+        return read_chunks(self.folder, count)
 
     def write(self, start: int, images_BHW: Tensor) -> None:
         """Store samples ``start``.. atomically."""
         name = f"{start:06d}-{start + len(images_BHW):06d}.npy"
         with atomic_write(self.folder / name) as temporary, open(temporary, "wb") as stream:
             np.save(stream, images_BHW.numpy(), allow_pickle=False)
+
+
+def read_chunks(folder: str | os.PathLike[str], count: int) -> tuple[Tensor, Tensor]:
+    """Samples 0..count-1, uint8 (count, H, W), and which of them are there, bool (count,).
+
+    A damaged chunk counts as not there.
+    """
+    images_BHW = torch.zeros((count, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8)
+    there_B = torch.zeros(count, dtype=torch.bool)
+    for file in sorted(Path(folder).glob("*.npy")):
+        match = _CHUNK.fullmatch(file.name)
+        if match is None or int(match[1]) >= count:
+            continue
+        start, stop = int(match[1]), int(match[2])
+        try:
+            chunk = np.load(file, allow_pickle=False)
+        except (ValueError, EOFError, OSError):
+            continue
+        if chunk.shape != (stop - start, IMAGE_SIZE, IMAGE_SIZE) or chunk.dtype != np.uint8:
+            continue
+        stop = min(stop, count)
+        images_BHW[start:stop] = torch.from_numpy(chunk[: stop - start])
+        there_B[start:stop] = True
+    return images_BHW, there_B
 
 
 def draw_samples(

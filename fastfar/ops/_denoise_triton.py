@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastfar.diffusion import update_table
 from fastfar.ops._folded_head import FoldedHead, fold_head
 from fastfar.ops._triton import architecture, kernel_op, kernels
+from fastfar.solver import PUBLISHED, Moments, Segment, Solver, schedule, shaped
 
 EPS = 1e-6
 MODULATED_ROWS = 4096  # rows that make a product large: 90 % of the peak of an H100
@@ -53,7 +53,7 @@ def _step(
     x0_NP: Tensor | None,
     new_x0_NP: Tensor | None,
     noise_NP: Tensor | None,
-    table_8: Tensor | None,
+    table_11: Tensor | None,
     w_WP: Tensor,
     bias_W: Tensor,
     moments: Tensor,
@@ -68,19 +68,26 @@ def _step(
     eps: float,
 ) -> None:
     kernels("denoise_loop").step(
-        h_MW, addend_M2P, final_2PW, x_NP, new_x_NP, x0_NP, new_x0_NP, noise_NP, table_8, w_WP,
+        h_MW, addend_M2P, final_2PW, x_NP, new_x_NP, x0_NP, new_x0_NP, noise_NP, table_11, w_WP,
         bias_W, moments, scale_MW, stream_NW, out_MW, halves=halves, guidance=guidance, low=low,
         high=high, eps=eps, arch=architecture(x_NP),
     )  # fmt: skip
 
 
+_ALIGNED = 4  # numbers in 16 bytes
+
+
 @cache
 def _device_update_table(
-    steps: int, num_timesteps: int, temperature: float, device: torch.device
+    solver: Solver, steps: int, num_timesteps: int, temperature: float, device: torch.device
 ) -> Tensor:
-    """`update_table` on a device. Shared: do not write to it. Never dropped: graphs point to it."""
+    """(T, 12) float32: the table of `schedule` and zeros, so that all rows are equally aligned.
+
+    Shared: do not write to it. Never dropped: graphs point to it.
+    """
     with torch.inference_mode(False):
-        return update_table(steps, num_timesteps, temperature).to(device)
+        table = schedule(solver, steps, num_timesteps, temperature).table
+        return F.pad(table, (0, -table.shape[1] % _ALIGNED)).to(device, torch.float32)
 
 
 def steps_ahead(rows: int, steps: int) -> int:
@@ -89,7 +96,9 @@ def steps_ahead(rows: int, steps: int) -> int:
 
 
 class _Loop:
-    """Buffers of one call, and what a step launches.
+    """Buffers of steps that are all guided or none, and what a step launches.
+
+    base_MW: M = 2 N rows where guided, else N. chunk: steps whose modulations are one product.
 
     Parts of tensors are taken by narrow and select: fake CUDA tensors refuse indexing.
     """
@@ -108,7 +117,7 @@ class _Loop:
         tokens = len(initial_NP)
         dtype, device = head.compute_dtype, initial_NP.device
         self.head, self.base_MW, self.options = head, base_MW, options
-        self.halves = rows // tokens
+        self.halves, self.chunk = rows // tokens, chunk
 
         def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
@@ -123,7 +132,18 @@ class _Loop:
         self.operand = [empty(rows, width) for _ in range(2)]
         x_NP = initial_NP.to(torch.float32, copy=True)
         self.x = [x_NP, torch.empty_like(x_NP)]
-        self.x0 = [torch.zeros_like(x_NP) for _ in range(2)]
+        self.x0 = [torch.zeros_like(x_NP), torch.empty_like(x_NP)]
+
+    def run(self, time_TW: Tensor, table_T12: Tensor, noise_TNP: Tensor) -> Tensor:
+        """x_NP after these steps."""
+        for first in range(0, len(time_TW), self.chunk):
+            count = min(self.chunk, len(time_TW) - first)
+            self.modulate(time_TW.narrow(0, first, count))
+            self.begin()
+            for place in range(count):
+                noise_NP, table_12 = (x.select(0, first + place) for x in (noise_TNP, table_T12))
+                self.step(place, noise_NP, table_12, last=place == count - 1)
+        return self.x[0]
 
     def modulate(self, time_CW: Tensor) -> None:
         """Modulations of all rows at the steps of a chunk."""
@@ -143,7 +163,7 @@ class _Loop:
         self._step(self._modulations(0).narrow(1, 0, self.head.width))
 
     def step(
-        self, place: int, noise_NP: Tensor, table_8: Tensor, *, last: bool
+        self, place: int, noise_NP: Tensor, table_12: Tensor, *, last: bool
     ) -> None:
         """The blocks of a diffusion step and its end; last: no next one is opened."""
         head, width, modulations_MC = self.head, self.head.width, self._modulations(place)
@@ -162,7 +182,7 @@ class _Loop:
         start = (3 * head.depth + 1) * width
         addend_M2P = modulations_MC.narrow(1, start, 2 * head.channels)
         scale_MW = None if last else self._modulations(place + 1).narrow(1, 0, width)
-        self._step(scale_MW, addend_M2P, noise_NP, table_8)
+        self._step(scale_MW, addend_M2P, noise_NP, table_12)
         for pair in (self.operand, self.x, self.x0):
             pair.reverse()
 
@@ -171,7 +191,7 @@ class _Loop:
         scale_MW: Tensor | None,
         addend_M2P: Tensor | None = None,
         noise_NP: Tensor | None = None,
-        table_8: Tensor | None = None,
+        table_12: Tensor | None = None,
     ) -> None:
         """Ends a step if there are modulations of the final layer; begins one if there is scale."""
         ends, begins = addend_M2P is not None, scale_MW is not None
@@ -184,7 +204,7 @@ class _Loop:
             self.x0[0] if ends else None,
             self.x0[1] if ends else None,
             noise_NP,
-            table_8,
+            table_12,
             self.head["input_proj.weight"],
             self.head["input_proj.bias"],
             self.head["input_proj.moments"],
@@ -208,6 +228,8 @@ def denoise(
     temperature: float,
     x0_range: tuple[float, float] | None,
     num_timesteps: int,
+    solver: Solver = PUBLISHED,
+    moments: Moments | None = None,
     chunk: int | None = None,
 ) -> Tensor:
     """`denoise_loop` with the rows of condition that are needed; float32 state.
@@ -217,23 +239,23 @@ def denoise(
     """
     if not isinstance(head, FoldedHead):
         head = fold_head(head, head["input_proj.weight"].dtype)
-    steps, device = len(noise_TNP), initial_NP.device
-    chunk = steps_ahead(len(condition_MD), steps) if chunk is None else min(chunk, steps)
+    rows, count = len(initial_NP), len(noise_TNP)
+    steps = schedule(solver, count, num_timesteps, temperature)
+    table_T12 = _device_update_table(solver, count, num_timesteps, temperature, initial_NP.device)
+    time_TW = head.time_embedding(steps.timesteps)
+    x_NP, noise_TNP = shaped(solver, steps, initial_NP, noise_TNP, temperature, moments)
+    x_NP, noise_TNP = x_NP.contiguous(), noise_TNP.contiguous()
 
     bias = torch.add(head["cond_embed.bias"], head["level.weight"], alpha=float(level))
     condition = condition_MD.to(head.compute_dtype)
     base_MW = F.linear(condition, head["cond_embed.weight"]).to(torch.float32) + bias
-    time_TW = head.time_embedding(steps, num_timesteps)
-    table_T8 = _device_update_table(steps, num_timesteps, float(temperature), device)
     low, high = x0_range if x0_range is not None else (-math.inf, math.inf)
-
-    loop = _Loop(head, base_MW, initial_NP, chunk, guidance=guidance_scale, low=low, high=high)
-    for first in range(0, steps, chunk):
-        count = min(chunk, steps - first)
-        loop.modulate(time_TW.narrow(0, first, count))
-        loop.begin()
-        for place in range(count):
-            t = first + place
-            noise_NP, table_8 = noise_TNP.select(0, t), table_T8.select(0, t)
-            loop.step(place, noise_NP, table_8, last=place == count - 1)
-    return loop.x[0]
+    options = {"guidance": guidance_scale, "low": low, "high": high}
+    guided = len(condition_MD) == 2 * rows
+    for first, last, in_range in steps.segments if guided else (Segment(0, count, False),):
+        segment_MW = base_MW if in_range else base_MW.narrow(0, 0, rows)
+        length = last - first
+        ahead = steps_ahead(len(segment_MW), length) if chunk is None else min(chunk, length)
+        loop = _Loop(head, segment_MW, x_NP, ahead, **options)
+        x_NP = loop.run(*(x.narrow(0, first, length) for x in (time_TW, table_T12, noise_TNP)))
+    return x_NP

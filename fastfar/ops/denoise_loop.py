@@ -18,7 +18,7 @@ from fastfar.ops._head import PackedHead, pack_head
 from fastfar.ops._launch import check, compute_dtype, launch, needs_pytorch
 from fastfar.ops._registry import op
 from fastfar.ops.adaln_mlp_block import adaln_mlp_block
-from fastfar.solver import COLUMNS, PUBLISHED, Moments, Schedule, Solver, schedule, shaped
+from fastfar.solver import PUBLISHED, Moments, Schedule, Solver, schedule, shaped
 
 EPS = 1e-6
 # Rows are independent: blocks of this many keep their modulations in a CPU's cache.
@@ -153,8 +153,7 @@ def _denoise_rows(
     x_NP = initial_NP.to(state_dtype)
     x0_previous_NP = torch.zeros_like(x_NP)
     with_guidance = [segment.guided for segment in steps.segments for _ in range(*segment[:2])]
-    rows_of_table = [dict(zip(COLUMNS, row, strict=True)) for row in steps.table.tolist()]
-    for i, (now, noise_NP) in enumerate(zip(rows_of_table, noise_TNP, strict=True)):
+    for i, (now, noise_NP) in enumerate(zip(steps.numbers, noise_TNP, strict=True)):
         guided = len(condition) == 2 * rows and with_guidance[i]
         y_MW = base_MW if guided else base_MW[:rows]
         modulations = F.linear(F.silu(y_MW + time_TW[i]), modulation_weight, modulation_bias)

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from .filters import NOT_FILTERED, filter_mask_patchify, unpatchify
-from .solvers import Solver, denoise_loop
+from .solvers import Moments, Solver, denoise_loop
 from .transformer import class_embedding, condition
 
 HEAD_PREFIX = "diffloss.net."
+# (z_c, z_u, level, guidance scale) -> moments of the tokens
+MomentHead = Callable[[Tensor, Tensor, int, float], Moments]
 
 
 class Plan(Protocol):
@@ -66,13 +68,15 @@ def sample_latents(
     kind: str = "area_bicubic",
     num_timesteps: int = 1000,
     on_level: Callable[[int, Tensor], object] | None = None,
+    moments: MomentHead | None = None,
 ) -> Tensor:
     """Latents (B, C, latent_size, latent_size) from coarse to fine, as the published code samples.
 
     At outer step k: z = transformer(masked tokens); x = denoise_loop(z, levels[k]); then x is
     low-passed to input_levels[k + 1] (None = not filtered) and masked by mask_ratios[k + 1] for the
     next step. Both guidance halves always run. The dtype is that of `params`. on_level(k, latent)
-    is called after each step.
+    is called after each step. moments is asked where a solver needs it; method "moments" is
+    x = m + temperature U sqrt(C) n with the start noise n, bounded to x0_range.
     """
     head = {k.removeprefix(HEAD_PREFIX): v for k, v in params.items() if k.startswith(HEAD_PREFIX)}
     projection = params["z_proj.weight"]
@@ -105,20 +109,38 @@ def sample_latents(
             z_2BLD = condition(
                 params, tokens_BLP.repeat(2, 1, 1), mask_2BL, class_2BD, num_heads=num_heads
             )
-            x_NP = denoise_loop(
-                head,
-                z_2BLD.flatten(0, 1),
-                level,
-                noise.initial(step).to(projection),
-                noise.steps(step, plan.diffusion_steps[step]).to(projection),
-                guidance_scale=plan.guidance_scales[step],
-                temperature=plan.temperatures[step],
-                x0_range=plan.x0_range,
-                num_timesteps=num_timesteps,
-                solver=plan.solvers[step],
-            )
+            z_MD = z_2BLD.flatten(0, 1)
+            scale, solver = plan.guidance_scales[step], plan.solvers[step]
+            initial_NP, predicted = noise.initial(step).to(projection), None
+            if moments is not None:
+                z_c_ND, z_u_ND = z_MD.chunk(2)
+                predicted = moments(z_c_ND, z_c_ND if scale == 1.0 else z_u_ND, level, scale)
+            if solver.method == "moments" and predicted is not None:
+                x_NP = _drawn(predicted, initial_NP, plan.temperatures[step], plan.x0_range)
+            else:
+                x_NP = denoise_loop(
+                    head,
+                    z_MD,
+                    level,
+                    initial_NP,
+                    noise.steps(step, plan.diffusion_steps[step]).to(projection),
+                    guidance_scale=scale,
+                    temperature=plan.temperatures[step],
+                    x0_range=plan.x0_range,
+                    num_timesteps=num_timesteps,
+                    solver=solver,
+                    moments=predicted,
+                )
             x_BLP = x_NP.reshape(batch, num_tokens, token_dim)
             latent_BCHW = unpatchify(x_BLP, patch_size, latent_size)
             if on_level is not None:
                 on_level(step, latent_BCHW)
     return latent_BCHW
+
+
+def _drawn(
+    moments: Moments, noise_NP: Tensor, temperature: float, x0_range: tuple[float, float] | None
+) -> Tensor:
+    root_NPP = moments.basis_PP @ moments.variance_NP.sqrt().diag_embed()
+    x_NP = moments.mean_NP + temperature * (root_NPP @ noise_NP[..., None])[..., 0]
+    return x_NP if x0_range is None else x_NP.clamp(*x0_range)

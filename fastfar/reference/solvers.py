@@ -53,11 +53,13 @@ def solver_timesteps(solver: Solver, steps: int, num_timesteps: int) -> list[int
         return list(solver.timesteps)
     if solver.first_timestep is None and solver.spacing == "time":
         return None
-    first = num_timesteps - 1 if solver.first_timestep is None else solver.first_timestep
-    if solver.spacing == "time":
-        return [round(first - first * i / max(steps - 1, 1)) for i in range(steps)]
     alpha_bar = make_schedule(num_timesteps).alpha_bar
     log_snr = [0.5 * math.log(a / (1 - a)) for a in alpha_bar.tolist()]
+    first = solver.first_timestep
+    if first is None:
+        first = max(t for t, value in enumerate(log_snr) if value >= -5.1)
+    if solver.spacing == "time":
+        return [round(first - first * i / max(steps - 1, 1)) for i in range(steps)]
     chosen: list[int] = []
     for i in reversed(range(steps)):
         wanted = log_snr[first] + (log_snr[0] - log_snr[first]) * i / steps

@@ -97,6 +97,9 @@ def test_flops_of_stages_sum_to_what_is_executed() -> None:
         assert subject.executed_flops(2) == sum(found[form].values())
         assert found[form] == {name: 2 * n for name, n in subject.stage_flops(1).items()}
         masked = far.FARSubject(weights, form, torch.bfloat16, weights.official("mask"))
-        assert masked.stage_flops(1) == {} and masked.executed_flops(1) is None
+        if form == "autocast":
+            assert masked.stage_flops(1) == {} and masked.executed_flops(1) is None
+        else:  # one step more, of fewer tokens
+            assert 0 < masked.stage_flops(1)["head"] < 1.1 * found[form]["head"] / 2
     assert found["native"]["head"] < found["torch"]["head"] < found["autocast"]["head"]
     assert found["native"]["decode"] == 0, "no autoencoder"

@@ -23,6 +23,7 @@ from fastfar.bench.cases import head_inputs
 from fastfar.levels import patchify
 from fastfar.ops._denoise_triton import denoise
 from fastfar.ops._folded_head import fold_head
+from fastfar.solver import Solver
 
 Read = Callable[[str], Golden]
 BOUNDED = SamplingPlan.official("mask", guidance_scale=2.0, diffusion_steps=2).with_changes(
@@ -105,6 +106,26 @@ def test_not_further_from_float64_than_pytorch(mode: str, dtype: torch.dtype, ru
             errors.append(relative(way(model, [3, 7], plan, generator=seed, dtype=dtype), truth))
     floor = GOLDEN if dtype is torch.float32 else 1e-2
     assert statistics.median(ours) <= FACTOR * max(theirs) + floor, (ours, theirs)
+
+
+def test_other_solvers(run: Run) -> None:
+    """Each of them at some outer step, guided at some timesteps alone; from a graph, twice."""
+    solvers = (
+        Solver("dpmpp_2m", spacing="log_snr", first_timestep=900, guidance_range=(50, 999)),
+        Solver("sde_dpmpp_2m", timesteps=(900, 500, 100), guidance_range=(300, 600)),
+        Solver(variance="linear"),
+        Solver(variance="table", variance_table=((0.2,), (0.5,), (0.9,))),
+        Solver("ddim"),
+    )
+    plan = BOUNDED.with_changes(
+        diffusion_steps=3, solvers=tuple(solvers[k % 5] for k in range(len(BOUNDED)))
+    )
+    model, plain = model_on(run.device), Run(run.device, "torch")
+    truth = plain(model, [3, 7], plan, generator=0, dtype=torch.float64)
+    theirs = relative(plain(model, [3, 7], plan, generator=0), truth)
+    for _ in range(2):
+        ours = relative(run(model, [3, 7], plan, generator=0), truth)
+        assert ours <= FACTOR * theirs + GOLDEN, (ours, theirs)
 
 
 # --- the loop's own choices ------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import interpreter
@@ -9,6 +10,7 @@ import pytest
 import torch
 from formula import formula_tensor
 from guarded import outputs
+from solver_cases import OPTIONS, SOLVERS, STEPS, moments, with_moments
 from tolerances import assert_close_to_reference, relative, with_gap
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from fastfar.head import DenoisingMLP
 from fastfar.kernels.gpu._configs import config
 from fastfar.ops import _denoise_triton, denoise_loop
 from fastfar.ops._folded_head import FoldedHead, fold_head, projection_moments
+from fastfar.solver import Solver
 
 interpreter.need()
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
@@ -76,6 +79,32 @@ def test_values(
     )
 
 
+@pytest.mark.parametrize("name", ["linear", "closure", "SDE-2M", "guidance range"])
+def test_solvers(name: str) -> None:
+    """Where guidance is switched on and off again there are three loops."""
+    args = (*draw(3, STEPS, 2, depth=1), *moments(3, 5))
+    assert_close_to_reference(
+        with_moments(run),
+        with_moments(reference.denoise_loop),
+        *args,
+        dtype=torch.float32,
+        gradients=False,
+        layers=4 * STEPS,
+        solver=SOLVERS[name],
+        **OPTIONS,
+    )
+
+
+def test_outside_the_guidance_range_no_unconditional_half_is_read() -> None:
+    head, condition, *data = draw(3, 1, 2, depth=1)
+    condition[3:] = math.nan
+    data = [x.float() if isinstance(x, Tensor) else x for x in data]
+    args = fold_head(head, torch.float32), condition.float(), *data
+    for timestep, finite in ((500, True), (501, False)):
+        solver = Solver("ddim", timesteps=(timestep,), guidance_range=(501, 999))
+        assert bool(run(*args, **OPTIONS, solver=solver).isfinite().all()) == finite
+
+
 @pytest.mark.parametrize(("width", "depth"), [(64, 3), (200, 1), (17, 2)])
 def test_widths_and_strides(width: int, depth: int) -> None:
     assert_close_to_reference(
@@ -116,7 +145,7 @@ def test_chunks_do_not_change_a_bit(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("many", "share"), [(2, 1), (512, 3)])
 def test_columns_shared_or_not(many: int, share: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One program takes all columns of the next stream, or several share them: same bits."""
-    from fastfar.kernels.gpu import denoise_loop as module
+    from fastfar.kernels.gpu import _denoise_step as module
 
     args = draw(17, 2, 2, width=3 * config("step", 0, 4).tiles["BN"], depth=1)
     args = [x.float() if isinstance(x, Tensor) else x for x in args]
@@ -155,8 +184,24 @@ def test_a_folded_head_is_the_same_function() -> None:
         run(folded, data[0].requires_grad_(), *data[1:], **options)
 
 
-def test_other_solvers_may_look_back() -> None:
-    """x = a x + b x0 + c x0_previous + s noise with c != 0, against the formula."""
+INF = math.inf
+
+
+@pytest.mark.parametrize(
+    "variance",  # low, high, factor, linear, least and most fraction
+    [
+        (-3.0, -1.0, 1.0, 0.0, -INF, INF),
+        (-3.0, -1.0, 1.0, 0.0, 0.0, 1.0),
+        (0.1, 0.4, 0.9, 1.0, 0.0, 1.2),
+        (0.1, 0.4, 0.9, 1.0, -INF, INF),  # below 0 for some v
+        (0.0, 0.0, 0.7, 0.0, -INF, INF),  # known beforehand
+        (-3.0, 1e3, 0.0, 0.0, -INF, INF),  # infinite, and not asked for
+    ],
+    ids=["log", "clamped", "linear", "linear, unbounded", "known", "none"],
+)
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid")  # NumPy's, of "none"
+def test_the_update(variance: tuple[float, ...]) -> None:
+    """Every column of the table against the formula; some v are far outside of -1..1."""
     from fastfar.kernels.gpu import denoise_loop as kernels
 
     tokens, channels, width = 5, 3, 32
@@ -168,7 +213,7 @@ def test_other_solvers_may_look_back() -> None:
     bias = torch.randn(width) + 1.0
     x, before = torch.randn(tokens, channels), torch.randn(tokens, channels)
     noise = torch.randn(tokens, channels)
-    table = torch.tensor([1.1, 0.4, 0.9, 0.3, -0.2, -3.0, -1.0, 1.0])
+    table = torch.tensor([1.1, 0.4, 0.9, 0.3, -0.2, *variance])
     new, x0_new = (outputs((tokens, channels), torch.float32) for _ in range(2))
     stream, out = (outputs((tokens, width), torch.float32) for _ in range(2))
     kernels.step(
@@ -177,11 +222,13 @@ def test_other_solvers_may_look_back() -> None:
         halves=1, guidance=1.0, low=-0.5, high=0.5, eps=1e-6, arch=80,
     )  # fmt: skip
     eps, v = (h.double() @ final.double().T + addend).chunk(2, dim=1)
+    assert v.min() < -3 and v.max() > 3
     t = table.double()
     x0 = (t[0] * x - t[1] * eps).clamp(-0.5, 0.5)
-    f = (v + 1) / 2
-    sigma = t[7] * torch.exp(0.5 * (f * t[6] + (1 - f) * t[5]))
-    truth = t[2] * x + t[3] * x0 + t[4] * before + sigma * noise
+    q = t[5] + ((v + 1) / 2).clamp(t[9], t[10]) * (t[6] - t[5])
+    deviation = q.clamp(min=0).sqrt() if t[8] else torch.exp(0.5 * q)
+    truth = t[2] * x + t[3] * x0 + t[4] * before
+    truth = truth + t[7] * deviation * noise if t[7] else truth
     projected = truth @ w.double().T + bias
     normed = torch.nn.functional.layer_norm(projected, (width,), eps=1e-6) * scale
     for output, right in ((x0_new, x0), (new, truth), (stream, projected), (out, normed)):

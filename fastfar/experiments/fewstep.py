@@ -1,0 +1,319 @@
+"""Few-step sampling: which sampler with few head calls is as good as T = 100?
+
+Predictions were written before the runs (shared research notes of the project); what came out lies
+in the rows, and `report` puts both side by side. R is the pipeline's plan with the published
+sampler at T = 100.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from itertools import product
+from typing import Any
+
+from fastfar.experiments import diagnostics
+from fastfar.experiments.base import Candidate, Part, Setting
+from fastfar.experiments.tables import VarianceTables
+from fastfar.plan import SamplingPlan, rising_steps
+from fastfar.solver import Solver
+
+ALWAYS, GATED, NEVER = "always", "gated", "never"  # images
+LOG, CLAMPED, LINEAR = (Solver(variance=rule) for rule in ("log", "clamped_log", "linear"))
+RULES = {
+    "log": LOG,
+    "clamped log": CLAMPED,
+    "linear": LINEAR,
+    "closure": Solver(variance="closure"),
+}
+MOMENTS = Solver(method="moments")
+# Found by coordinate search on Gaussian mixtures with exact scores.
+TUNED_TIMESTEPS = {3: (760, 286, 25), 4: (760, 455, 153, 25), 6: (900, 750, 473, 210, 98, 25)}
+METHODS = {
+    "ddim": Solver(method="ddim"),
+    "2M": Solver(method="dpmpp_2m"),
+    "SDE-2M": Solver(method="sde_dpmpp_2m"),
+    "linear": LINEAR,
+    "table": LOG,  # measured afterwards
+}
+# From 999 half of lambda would lie above t = 990.
+LOG_SNR: dict[str, Any] = {"spacing": "log_snr", "first_timestep": 980}
+# Where the last outer step starts, and how its timesteps lie.
+NODES: dict[str, dict[str, Any]] = {
+    "time": {},
+    "log_snr from 980": LOG_SNR,
+    "time from 900, moments": {"first_timestep": 900, "start": "moments"},
+    "log_snr from 900, moments": {
+        "spacing": "log_snr",
+        "first_timestep": 900,
+        "start": "moments",
+    },
+}
+
+
+def uniform(setting: Setting, steps: int, solver: Solver) -> SamplingPlan:
+    """The same at every outer step."""
+    return setting.teacher_plan.with_changes(diffusion_steps=steps, solvers=solver)
+
+
+def at_step(plan: SamplingPlan, k: int, steps: int, solver: Solver) -> SamplingPlan:
+    """`plan` with another sampler at outer step k."""
+    all_steps, solvers = list(plan.diffusion_steps), list(plan.solvers)
+    all_steps[k], solvers[k] = steps, solver
+    return plan.with_changes(diffusion_steps=tuple(all_steps), solvers=tuple(solvers))
+
+
+def copied(plan: SamplingPlan, k: int, other: SamplingPlan) -> SamplingPlan:
+    """`plan` with the sampler of `other` at outer step k."""
+    return at_step(plan, k, other.diffusion_steps[k], other.solvers[k])
+
+
+def steps_of(setting: Setting, steps: tuple[int, ...]) -> SamplingPlan:
+    """R with other numbers of steps, even in t."""
+    return setting.teacher_plan.with_changes(diffusion_steps=steps)
+
+
+def _some_steps(setting: Setting) -> tuple[int, ...]:
+    """An early, a middle and the last outer step."""
+    last = len(setting.teacher_plan) - 1
+    return tuple(sorted({min(2, last), last // 2 + 1, last}))
+
+
+def _e0(setting: Setting) -> Sequence[Candidate]:
+    every = tuple(range(len(setting.teacher_plan)))
+    few = {40: ALWAYS, 20: NEVER, 16: ALWAYS}
+    return [
+        Candidate("R at T=1000", uniform(setting, 1000, LOG), _some_steps(setting), NEVER),
+        *(Candidate(f"R at T={t}", uniform(setting, t, LOG), every, n) for t, n in few.items()),
+    ]
+
+
+E0 = Part(
+    "E0",
+    "What do the loss, the learned variance, token variances and filters look like; how good is R?",
+    "The learned fraction is uncorrelated with rho for t > 100 (r < 0.3) and good for t < 30; "
+    "survival of noise within 10 % of the white-noise figure of this grid; "
+    "R at T=40 keeps 0.95 to 0.99 of the variance.",
+    "Informational. If the learned fraction is good at all t, E1 may use it directly.",
+    _e0,
+    (
+        ("loss by time", diagnostics.loss_by_time),
+        ("learned fraction", diagnostics.learned_fraction),
+        ("token variance", diagnostics.token_variance),
+        ("survival", diagnostics.survival),
+    ),
+)
+
+
+def _e1(setting: Setting) -> Sequence[Candidate]:
+    tables, found = VarianceTables(setting), []
+    always = {("log", 4), ("log", 8), ("linear", 8), ("table", 8), ("linear", 40)}
+    for place, where in {"even in t": {}, "log_snr from 980": LOG_SNR}.items():
+        for steps in (2, 3, 4, 6, 8, 16, 40):
+            plans = {
+                name: uniform(setting, steps, dataclasses.replace(rule, **where))
+                for name, rule in RULES.items()
+            }
+            plans["table"] = tables(plans["log"])
+            for name, plan in plans.items():
+                images = GATED if steps <= 8 else NEVER
+                if name == "closure" and setting.pipeline.moments is None:
+                    images = NEVER
+                if not where and (name, steps) in always:
+                    images = ALWAYS
+                label = f"{name}, T={steps}, {place}"
+                found.append(Candidate(label, plan, _some_steps(setting), images))
+    return found
+
+
+E1 = Part(
+    "E1",
+    "Which variance rule do few ancestral steps need?",
+    "The measured table at T=8 equals R; at T=4 its energy distance is 3 to 5 times below the log "
+    "rule's; a diagonal rule loses more than 30 % of the correlation between numbers at T=4; log "
+    "at T=4 is visibly smooth, FD > 2x R's; linear at T=40 is no worse than R.",
+    "Pass: a rule is equal at T <= 8. Fail if the mean shift dominates.",
+    _e1,
+)
+
+
+def _e2(setting: Setting) -> Sequence[Candidate]:
+    tables, count = VarianceTables(setting), len(setting.teacher_plan)
+    by_rule = {f"linear T={t}": uniform(setting, t, LINEAR) for t in (2, 4, 8)}
+    by_rule |= {f"table T={t}": tables(uniform(setting, t, LOG)) for t in (2, 4, 8)}
+    by_rule |= {"one draw from moments": uniform(setting, 1, MOMENTS)}
+    found = [
+        Candidate(f"step {k}: {name}", copied(setting.teacher_plan, k, plan), (k,), NEVER)
+        for name, plan in by_rule.items()
+        for k in range(count)
+    ]
+    for total in (40, 50, 60):
+        rising = steps_of(setting, rising_steps(total, count))
+        plans = {"linear, rising": rising.with_changes(solvers=LINEAR), "table, rising": rising}
+        if total == 50:
+            falling = rising.diffusion_steps[::-1]
+            plans["table, falling"] = steps_of(setting, falling)
+            plans["table, even"] = steps_of(setting, rising_steps(total, count, growth=1.0))
+        for name, plan in plans.items():
+            plan = plan if name.startswith("linear") else tables(plan)
+            found.append(Candidate(f"{total} calls, {name}", plan, (), ALWAYS))
+    return found
+
+
+E2 = Part(
+    "E2",
+    "How many steps does each outer step need, and does their order matter?",
+    "Levels 0..6: T=2 is equal; 7, 8: T=4; the last: T=8. Falling T is worse than rising T at an "
+    "equal sum by more than 5 q.",
+    "Pass: a rising plan of at most 50 calls is equal. Fail: no effect of the order means that the "
+    "argument from pooled noise is wrong for this grid.",
+    _e2,
+)
+
+
+def _e3(setting: Setting) -> Sequence[Candidate]:
+    tables, count = VarianceTables(setting), len(setting.teacher_plan)
+    base = tables(steps_of(setting, rising_steps(50, count)))
+    found = []
+    for steps in (3, 4, 6, 8, 12, 16, 40):
+        nodes = dict(NODES)
+        if steps in TUNED_TIMESTEPS:
+            nodes["tuned, moments"] = {"timesteps": TUNED_TIMESTEPS[steps], "start": "moments"}
+        for (place, where), (name, method) in product(nodes.items(), METHODS.items()):
+            plan = at_step(base, count - 1, steps, dataclasses.replace(method, **where))
+            if name == "table":
+                plan = tables(plan)
+            can = setting.pipeline.moments is not None or where.get("start") != "moments"
+            images = GATED if can and steps <= 8 else NEVER
+            found.append(Candidate(f"{name}, T={steps}, {place}", plan, (count - 1,), images))
+    return found
+
+
+E3 = Part(
+    "E3",
+    "Which solver, start and timesteps does the last outer step need?",
+    "2M from moments, even in lambda, is best at T = 6 to 8, tuned timesteps at 3 and 4; DDIM is "
+    "worst (variance 0.5 to 0.7 at T=8); 2M even in t is unstable; all are equal at T=40.",
+    "Pass: some T <= 8 is equal.",
+    _e3,
+)
+
+
+def _e4(setting: Setting) -> Sequence[Candidate]:
+    tables, count = VarianceTables(setting), len(setting.teacher_plan)
+    last = count - 1
+    head = (MOMENTS,) * last
+    reference = setting.teacher_plan.diffusion_steps[last]
+
+    def ends(steps: int, solver: Solver) -> SamplingPlan:
+        plan = setting.teacher_plan.with_changes(
+            diffusion_steps=(1,) * last + (steps,), solvers=(*head, solver)
+        )
+        return tables(plan) if solver == LOG and steps < reference else plan
+
+    closed = Solver(variance="closure", start="moments", first_timestep=900, spacing="log_snr")
+    solved = Solver(
+        method="dpmpp_2m", start="moments", first_timestep=900, spacing="log_snr"
+    )
+    plans = {
+        "moments, R at the last": ends(reference, LOG),
+        "moments, table T=8 at the last": ends(8, LOG),
+        "moments, closure from moments T=8": ends(8, closed),
+        "moments, 2M from moments T=8": ends(8, solved),
+        "moments, 2M from moments T=6": ends(6, solved),
+    }
+    two = Solver(variance="linear")
+    partly = at_step(plans["moments, R at the last"], last - 1, 2, two)
+    plans["moments but linear T=2 at the last but one, R at the last"] = partly
+    every = tuple(range(last))
+    steps = {name: (every if name.endswith("R at the last") else (last,)) for name in plans}
+    can = NEVER if setting.pipeline.moments is None else ALWAYS
+    return [Candidate(name, plan, steps[name], can) for name, plan in plans.items()]
+
+
+E4 = Part(
+    "E4",
+    "Can one call of a moment head replace the head at all outer steps but the last?",
+    "Equal to R with one call per level before the last.",
+    "Pass: equal with one call per level. Fail at the last levels only: use linear T=2 there.",
+    _e4,
+)
+
+
+def _e6(setting: Setting) -> Sequence[Candidate]:
+    teacher, count = setting.teacher_plan, len(setting.teacher_plan)
+    tables = VarianceTables(setting)
+    base = tables(steps_of(setting, rising_steps(60, count)))
+
+    def unguided(plan: SamplingPlan, below: int) -> SamplingPlan:
+        ramp = tuple(0.0 if k < below else r for k, r in enumerate(plan.guidance_ramp))
+        return plan.with_changes(guidance_ramp=ramp)
+
+    def within(plan: SamplingPlan, low: int, high: int) -> SamplingPlan:
+        solvers = [dataclasses.replace(s, guidance_range=(low, high)) for s in plan.solvers]
+        return plan.with_changes(solvers=tuple(solvers))
+
+    found = [Candidate("table, 60 calls", base, (), ALWAYS)]
+    changes: dict[str, Callable[[SamplingPlan], SamplingPlan]] = {
+        "no guidance at steps 1, 2": lambda plan: unguided(plan, 3),
+        "no guidance at t < 150": lambda plan: within(plan, 150, 999),
+        "no guidance at t > 900": lambda plan: within(plan, 0, 900),
+    }
+    for name, change in changes.items():
+        steps = (1, 2) if "steps" in name else _some_steps(setting)
+        found.append(Candidate(f"R, {name}", change(teacher), steps, NEVER))
+        found.append(Candidate(f"table, 60 calls, {name}", change(base), (), ALWAYS))
+    return found
+
+
+E6 = Part(
+    "E6",
+    "Where is guidance not needed (without training)?",
+    "No guidance at steps 1 and 2 and at t < 150 is free; mixing z by guidance is off by more than "
+    "5 q untrained; R^2 of z_u from z_c is above 0.9.",
+    "Pass: equal to R, as the plan without the change is.",
+    _e6,
+    (
+        ("z_u from z_c", diagnostics.predicted_condition),
+        ("mixed condition", diagnostics.mixed_condition),
+    ),
+)
+
+
+def _e9(setting: Setting) -> Sequence[Candidate]:
+    base = VarianceTables(setting)(steps_of(setting, rising_steps(60, len(setting.teacher_plan))))
+    return [
+        Candidate(f"table, 60 calls, noise correlation {r:g}", base, (), ALWAYS, r)
+        for r in (0.0, 0.25, 0.5, 1.0)
+    ]
+
+
+E9 = Part(
+    "E9",
+    "Are FAR's coarse levels under-dispersed, and does noise shared by pooled tokens cure it?",
+    "Variance within a class, real over R, is above 2 at levels 2 to 4; recall rises by 0.02 to "
+    "0.05 and FD falls at a correlation of 0.3 to 0.5; 1 is worse.",
+    "A new feature if FD falls by more than 3 q in all seeds. It is not R's distribution.",
+    _e9,
+    (("class variance", diagnostics.class_variance),),
+)
+
+
+def _fast(setting: Setting) -> Sequence[Candidate]:
+    plans = {"fast": SamplingPlan.fast(setting.teacher_plan)}
+    if setting.pipeline.moments is not None:
+        plans["fast, moments"] = SamplingPlan.fast(setting.teacher_plan, moments=True)
+    every = tuple(range(len(setting.teacher_plan)))
+    return [Candidate(name, plan, every, ALWAYS) for name, plan in plans.items()]
+
+
+FAST = Part(
+    "fast",
+    "Are the presets equal to R?",
+    "Both are: they are the best that E1 to E6 found equal.",
+    "Training-free: equal at no more than 60 calls. With the moment head: equal with one call per "
+    "level before the last and at most 8 at the last.",
+    _fast,
+)
+
+PARTS = {part.name: part for part in (E0, E1, E2, E3, E4, E6, E9, FAST)}
