@@ -14,7 +14,7 @@ leaves over. C is the covariance at temperature 1: spread is proportional to tem
 `fastfar.training.moments` trains it on a model's own sampling runs. It belongs to that model and to
 the levels and guidance of that plan, and is refused with others.
 
-Source: "analytic teleportation", arXiv 2408.09000; moment matching of Gaussian tokens.
+Source: fastfar's own; GIVT (arXiv 2312.02116) predicts a token's mean and variance in this way.
 """
 
 from __future__ import annotations

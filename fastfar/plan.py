@@ -279,15 +279,15 @@ class SamplingPlan:
         return cls(**{**values, "solvers": tuple(Solver.from_dict(each) for each in solvers)})
 
 
-def rising_steps(
-    total: int, count: int, least: int = 2, growth: float = 1.35
-) -> tuple[int, ...]:
-    """`total` diffusion steps for `count` outer steps: `least` each, the rest growing by `growth`.
+def rising_steps(total: int, count: int, growth: float = 1.35) -> tuple[int, ...]:
+    """`total` diffusion steps for `count` outer steps: two thirds spread evenly, the rest rising.
 
-    ValueError where there are too few.
+    The rest grows by the factor `growth` from one outer step to the next; 1 is even.
+    ValueError where there are fewer steps than outer steps.
     """
-    rest = total - least * count
-    _require(rest >= 0, f"{total} steps are too few for {count} outer steps of {least} each")
+    _require(total >= count, f"{total} steps are too few for {count} outer steps")
+    least = max(1, round(2 * total / (3 * count)))
+    rest = max(0, total - least * count)
     weights = [growth**k for k in range(count)]
     exact = [rest * weight / sum(weights) for weight in weights]
     given = [math.floor(x) for x in exact]

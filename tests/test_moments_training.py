@@ -13,14 +13,8 @@ from tiny_run import tiny_pipeline
 from fastfar import FARPipeline
 from fastfar.noise import seeded_noise
 from fastfar.ops import denoise_loop
-from fastfar.training.moments import (
-    MomentRecipe,
-    MomentRows,
-    MomentTrainer,
-    _Data,
-    sampled_runs,
-    train_moments,
-)
+from fastfar.training.moment_rows import MomentData, MomentRows, sampled_runs
+from fastfar.training.moments import MomentRecipe, MomentTrainer, train_moments
 
 LABELS = torch.tensor([0, 3, 1, 3])
 NUMBERS, WIDTH = 4, 32  # of the tiny pipeline
@@ -139,7 +133,7 @@ def test_batches_come_from_all_files_and_leave_the_last_rows_out(tmp_path: Path)
         numbers = np.arange(10) + 10 * i + 100 * np.arange(2)[:, None]
         np.save(tmp_path / f"{i}.npy", np.repeat(numbers[..., None], 7, axis=-1).astype(np.float16))
         files.append(MomentRows(tmp_path / f"{i}.npy", token_dim=3))
-    data = _Data(files, steps=2, validation=0.1)
+    data = MomentData(files, steps=2, validation=0.1)
     generator = np.random.default_rng(0)
     batch = data.batch(500, generator)
     assert batch.z_c_SRD.shape == (2, 500, 2) and batch.x_SRP.shape == (2, 500, 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -39,7 +40,9 @@ def gaussian_moments(
     steps_ = schedule(solver, steps, 1000, temperature)
     zeros, unit = torch.zeros(1, P).double(), torch.eye(P).double()
     # What `shaped` does to the start and to the noise, from its values at unit vectors.
-    offset, _ = shaped(solver, steps_, zeros, torch.zeros(steps, 1, P).double(), temperature, moments)
+    offset, _ = shaped(
+        solver, steps_, zeros, torch.zeros(steps, 1, P).double(), temperature, moments
+    )
     starts, noises = [], []
     for axis in unit:
         noise = axis.expand(steps, 1, P)
@@ -54,9 +57,7 @@ def gaussian_moments(
     for i, c in enumerate(columns(solver, steps, temperature)):
         alpha_bar = float(steps_.alpha_bar[i])
         a = math.sqrt(alpha_bar)
-        gain = a * covariance @ torch.linalg.inv(
-            alpha_bar * covariance + (1 - alpha_bar) * unit
-        )
+        gain = a * covariance @ torch.linalg.inv(alpha_bar * covariance + (1 - alpha_bar) * unit)
         shift = mean - gain @ (a * mean)  # E[x_0 | x] = gain x + shift
         move = torch.zeros(2 * P, 2 * P).double()
         move[:P, :P] = c["x"] * unit + c["x0"] * gain
@@ -68,7 +69,7 @@ def gaussian_moments(
             variance = 1.0
             if solver.variance in ("log", "clamped_log", "linear"):
                 # f = V / s^2 of an isotropic token: what a perfect network says.
-                fraction = float((covariance[0, 0] / (alpha_bar * covariance[0, 0] + 1 - alpha_bar)))
+                fraction = float(covariance[0, 0] / (alpha_bar * covariance[0, 0] + 1 - alpha_bar))
                 mixed = fraction * c["high"] + (1 - fraction) * c["low"]
                 variance = mixed if c["linear"] else math.exp(mixed)
             root = c["noise"] * math.sqrt(variance) * noise_TPP[i]
@@ -222,11 +223,13 @@ def test_timesteps_descend_strictly(steps):
     for spacing in ("time", "log_snr"):
         chosen = schedule(Solver(spacing=spacing, first_timestep=950), steps).timesteps
         assert len(chosen) == steps and chosen[0] == 950
-        assert all(a > b for a, b in zip(chosen, chosen[1:], strict=False)) and chosen[-1] >= 0
+        assert all(a > b for a, b in pairwise(chosen)) and chosen[-1] >= 0
 
 
 def test_guidance_range_makes_segments_without_history_across_them():
-    solver = Solver(method="dpmpp_2m", timesteps=(900, 700, 500, 300, 100), guidance_range=(250, 750))
+    solver = Solver(
+        method="dpmpp_2m", timesteps=(900, 700, 500, 300, 100), guidance_range=(250, 750)
+    )
     steps = schedule(solver, 5)
     assert steps.segments == ((0, 1, False), (1, 4, True), (4, 5, False))
     previous = steps.table[:, COLUMNS.index("x0_previous")]

@@ -20,7 +20,7 @@ def first_steps(plan: SamplingPlan, count: int) -> SamplingPlan:
 
 
 def plan_mode(plan: SamplingPlan) -> str:
-    """"published", or which fields differ from the published plan of that kind."""
+    """ "published", or which fields differ from the published plan of that kind."""
     kind = "nomask" if plan.mask_ratios is None else "mask"
     published = SamplingPlan.official(kind, plan.guidance_scale)
     names = [each.name for each in dataclasses.fields(plan)]
@@ -55,7 +55,7 @@ def _solver_name(solver: Solver) -> str:
 
 
 def steps_text(plan: SamplingPlan) -> str:
-    """"T = 100", "T = 40..100", "T = 3..13 (fast)", for a title."""
+    """ "T = 100", "T = 40..100", "T = 3..13 (fast)", for a title."""
     ends = dict.fromkeys((min(plan.diffusion_steps), max(plan.diffusion_steps)))
     solved = f" ({plan_name(plan).removesuffix('-mask')})" if plan.is_approximate else ""
     masked = "" if plan.mask_ratios is None else ", masked"

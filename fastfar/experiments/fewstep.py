@@ -36,12 +36,14 @@ METHODS = {
     "linear": LINEAR,
     "table": LOG,  # measured afterwards
 }
-# From 999 half of lambda would lie above t = 990.
-LOG_SNR: dict[str, Any] = {"spacing": "log_snr", "first_timestep": 980}
+# From 999 half of lambda would lie above t = 990; and a first prediction of x0 errs by s / a times
+# what that of eps does, which is 13 at 950 but 34 at 980.
+LOG_SNR: dict[str, Any] = {"spacing": "log_snr", "first_timestep": 950}
+FROM_950 = "log_snr from 950"
 # Where the last outer step starts, and how its timesteps lie.
 NODES: dict[str, dict[str, Any]] = {
     "time": {},
-    "log_snr from 980": LOG_SNR,
+    FROM_950: LOG_SNR,
     "time from 900, moments": {"first_timestep": 900, "start": "moments"},
     "log_snr from 900, moments": {
         "spacing": "log_snr",
@@ -68,9 +70,10 @@ def copied(plan: SamplingPlan, k: int, other: SamplingPlan) -> SamplingPlan:
     return at_step(plan, k, other.diffusion_steps[k], other.solvers[k])
 
 
-def steps_of(setting: Setting, steps: tuple[int, ...]) -> SamplingPlan:
-    """R with other numbers of steps, even in t."""
-    return setting.teacher_plan.with_changes(diffusion_steps=steps)
+def stacked(setting: Setting, steps: tuple[int, ...], solver: Solver = LINEAR) -> SamplingPlan:
+    """All outer steps with few steps, even in lambda from 950."""
+    solver = dataclasses.replace(solver, **LOG_SNR)
+    return setting.teacher_plan.with_changes(diffusion_steps=steps, solvers=solver)
 
 
 def _some_steps(setting: Setting) -> tuple[int, ...]:
@@ -107,8 +110,8 @@ E0 = Part(
 
 def _e1(setting: Setting) -> Sequence[Candidate]:
     tables, found = VarianceTables(setting), []
-    always = {("log", 4), ("log", 8), ("linear", 8), ("table", 8), ("linear", 40)}
-    for place, where in {"even in t": {}, "log_snr from 980": LOG_SNR}.items():
+    always = {("log", 4), ("log", 8), ("linear", 8), ("linear", 40)}
+    for place, where in {"even in t": {}, FROM_950: LOG_SNR}.items():
         for steps in (2, 3, 4, 6, 8, 16, 40):
             plans = {
                 name: uniform(setting, steps, dataclasses.replace(rule, **where))
@@ -139,8 +142,13 @@ E1 = Part(
 
 def _e2(setting: Setting) -> Sequence[Candidate]:
     tables, count = VarianceTables(setting), len(setting.teacher_plan)
-    by_rule = {f"linear T={t}": uniform(setting, t, LINEAR) for t in (2, 4, 8)}
-    by_rule |= {f"table T={t}": tables(uniform(setting, t, LOG)) for t in (2, 4, 8)}
+    rules = {"log": LOG, "linear": LINEAR, "2M": METHODS["2M"]}
+    by_rule = {
+        f"{name} T={t}": stacked(setting, (t,) * count, rule)
+        for t in (2, 4, 8)
+        for name, rule in rules.items()
+    }
+    by_rule |= {f"table T={t}": tables(by_rule[f"log T={t}"]) for t in (2, 4, 8)}
     by_rule |= {"one draw from moments": uniform(setting, 1, MOMENTS)}
     found = [
         Candidate(f"step {k}: {name}", copied(setting.teacher_plan, k, plan), (k,), NEVER)
@@ -148,14 +156,12 @@ def _e2(setting: Setting) -> Sequence[Candidate]:
         for k in range(count)
     ]
     for total in (40, 50, 60):
-        rising = steps_of(setting, rising_steps(total, count))
-        plans = {"linear, rising": rising.with_changes(solvers=LINEAR), "table, rising": rising}
+        steps = rising_steps(total, count)
+        plans = {f"{name}, rising": stacked(setting, steps, rule) for name, rule in rules.items()}
         if total == 50:
-            falling = rising.diffusion_steps[::-1]
-            plans["table, falling"] = steps_of(setting, falling)
-            plans["table, even"] = steps_of(setting, rising_steps(total, count, growth=1.0))
+            plans["linear, falling"] = stacked(setting, steps[::-1])
+            plans["linear, even"] = stacked(setting, rising_steps(total, count, growth=1.0))
         for name, plan in plans.items():
-            plan = plan if name.startswith("linear") else tables(plan)
             found.append(Candidate(f"{total} calls, {name}", plan, (), ALWAYS))
     return found
 
@@ -173,7 +179,7 @@ E2 = Part(
 
 def _e3(setting: Setting) -> Sequence[Candidate]:
     tables, count = VarianceTables(setting), len(setting.teacher_plan)
-    base = tables(steps_of(setting, rising_steps(50, count)))
+    base = stacked(setting, rising_steps(50, count))
     found = []
     for steps in (3, 4, 6, 8, 12, 16, 40):
         nodes = dict(NODES)
@@ -200,16 +206,15 @@ E3 = Part(
 
 
 def _e4(setting: Setting) -> Sequence[Candidate]:
-    tables, count = VarianceTables(setting), len(setting.teacher_plan)
+    count = len(setting.teacher_plan)
     last = count - 1
     head = (MOMENTS,) * last
     reference = setting.teacher_plan.diffusion_steps[last]
 
     def ends(steps: int, solver: Solver) -> SamplingPlan:
-        plan = setting.teacher_plan.with_changes(
+        return setting.teacher_plan.with_changes(
             diffusion_steps=(1,) * last + (steps,), solvers=(*head, solver)
         )
-        return tables(plan) if solver == LOG and steps < reference else plan
 
     closed = Solver(variance="closure", start="moments", first_timestep=900, spacing="log_snr")
     solved = Solver(
@@ -217,12 +222,12 @@ def _e4(setting: Setting) -> Sequence[Candidate]:
     )
     plans = {
         "moments, R at the last": ends(reference, LOG),
-        "moments, table T=8 at the last": ends(8, LOG),
+        "moments, linear T=8 at the last": ends(8, dataclasses.replace(LINEAR, **LOG_SNR)),
         "moments, closure from moments T=8": ends(8, closed),
         "moments, 2M from moments T=8": ends(8, solved),
         "moments, 2M from moments T=6": ends(6, solved),
     }
-    two = Solver(variance="linear")
+    two = dataclasses.replace(LINEAR, **LOG_SNR)
     partly = at_step(plans["moments, R at the last"], last - 1, 2, two)
     plans["moments but linear T=2 at the last but one, R at the last"] = partly
     every = tuple(range(last))
@@ -242,8 +247,7 @@ E4 = Part(
 
 def _e6(setting: Setting) -> Sequence[Candidate]:
     teacher, count = setting.teacher_plan, len(setting.teacher_plan)
-    tables = VarianceTables(setting)
-    base = tables(steps_of(setting, rising_steps(60, count)))
+    base = stacked(setting, rising_steps(60, count))
 
     def unguided(plan: SamplingPlan, below: int) -> SamplingPlan:
         ramp = tuple(0.0 if k < below else r for k, r in enumerate(plan.guidance_ramp))
@@ -253,7 +257,7 @@ def _e6(setting: Setting) -> Sequence[Candidate]:
         solvers = [dataclasses.replace(s, guidance_range=(low, high)) for s in plan.solvers]
         return plan.with_changes(solvers=tuple(solvers))
 
-    found = [Candidate("table, 60 calls", base, (), ALWAYS)]
+    found = [Candidate("linear, 60 calls", base, (), ALWAYS)]
     changes: dict[str, Callable[[SamplingPlan], SamplingPlan]] = {
         "no guidance at steps 1, 2": lambda plan: unguided(plan, 3),
         "no guidance at t < 150": lambda plan: within(plan, 150, 999),
@@ -262,7 +266,7 @@ def _e6(setting: Setting) -> Sequence[Candidate]:
     for name, change in changes.items():
         steps = (1, 2) if "steps" in name else _some_steps(setting)
         found.append(Candidate(f"R, {name}", change(teacher), steps, NEVER))
-        found.append(Candidate(f"table, 60 calls, {name}", change(base), (), ALWAYS))
+        found.append(Candidate(f"linear, 60 calls, {name}", change(base), (), ALWAYS))
     return found
 
 
@@ -281,9 +285,9 @@ E6 = Part(
 
 
 def _e9(setting: Setting) -> Sequence[Candidate]:
-    base = VarianceTables(setting)(steps_of(setting, rising_steps(60, len(setting.teacher_plan))))
+    base = stacked(setting, rising_steps(60, len(setting.teacher_plan)))
     return [
-        Candidate(f"table, 60 calls, noise correlation {r:g}", base, (), ALWAYS, r)
+        Candidate(f"linear, 60 calls, noise correlation {r:g}", base, (), ALWAYS, r)
         for r in (0.0, 0.25, 0.5, 1.0)
     ]
 

@@ -166,9 +166,7 @@ def _start(
     if solver.start == "moments":
         assert moments is not None
         variance_NP = alpha_bar * moments.variance_NP + 1 - alpha_bar
-        spread_NP = torch.einsum(
-            "pq,nq->np", moments.basis_PP, variance_NP.sqrt() * initial_NP
-        )
+        spread_NP = torch.einsum("pq,nq->np", moments.basis_PP, variance_NP.sqrt() * initial_NP)
         return math.sqrt(alpha_bar) * moments.mean_NP + temperature * spread_NP
     return temperature * initial_NP if solver.method in ("ddim", "dpmpp_2m") else initial_NP
 
@@ -229,7 +227,16 @@ def denoise_loop(
             eps_NP = eps_MP[rows:] + guidance_scale * (eps_NP - eps_MP[rows:])
         if solver is None or solver.method == "ddpm":
             x_NP = _ancestral(
-                solver, eps_NP, v_NP, x_NP, noise_NP, index, schedule, temperature, x0_range, moments
+                solver,
+                eps_NP,
+                v_NP,
+                x_NP,
+                noise_NP,
+                index,
+                schedule,
+                temperature,
+                x0_range,
+                moments,
             )
             continue
         x0_NP = (x_NP - math.sqrt(1 - alpha_bar[index]) * eps_NP) / math.sqrt(alpha_bar[index])
