@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from fastfar.noise import SeededNoise, TensorNoise
     from fastfar.pipeline import FARPipeline
     from fastfar.plan import SamplingPlan
-    from fastfar.solver import Solver
     from fastfar.sampling import sample_latents
+    from fastfar.solver import Solver
     from fastfar.tokenizer import KLVAE, PixelTokenizer
     from fastfar.training.loss import TrainingDraws, diffusion_loss
 

@@ -16,8 +16,8 @@ _LEVELS = {
     "t2i": (0, 2, 3, 4, 5, 6, 7, 8, 10, 13),
 }
 
-_FAST = Solver(variance="linear")
-_FAST_LAST = Solver(variance="linear")
+# At t = 900 an error of eps is 6 times as large in x0; at 980 it would be 34 times.
+_FAST = Solver(method="sde_dpmpp_2m", spacing="log_snr", first_timestep=900)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -234,7 +234,7 @@ class SamplingPlan:
         plan = plan.with_changes(guidance_scale=guidance_scale)
         before = len(plan) - 1
         if moments:
-            solvers = (Solver(method="moments"),) * before + (_FAST_LAST,)
+            solvers = (Solver(method="moments"),) * before + (_FAST,)
             return plan.with_changes(diffusion_steps=(1,) * before + (8,), solvers=solvers)
         return plan.with_changes(diffusion_steps=rising_steps(60, len(plan)), solvers=_FAST)
 

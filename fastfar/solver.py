@@ -132,7 +132,7 @@ class Solver:
         _require(
             (self.variance_table is not None) == (self.variance == "table"),
             "variance='table' and variance_table go together; "
-            "fastfar.optimal_variance measures one",
+            "fastfar.evaluation.variance.optimal_variance measures one",
         )
         for row in self.variance_table or ():
             _require(

@@ -191,8 +191,8 @@ def denoise_loop(
     with guidance eps = eps_u + s (eps_c - eps_u), the variance channel being the conditional one; M
     = N without guidance. initial_NP: start noise. noise_TNP: T = number of steps; noise_TNP[0] is
     used first, the last never. x0_range: bounds of the predicted x0, None = unbounded (published).
-    solver: None is the published one, ancestral sampling at respaced timesteps. Returns x_NP. Raises
-    ValueError where M is neither N nor 2 N.
+    solver: None is the published one, ancestral sampling at respaced timesteps. Returns x_NP.
+    Raises ValueError where M is neither N nor 2 N.
     """
     rows, steps = initial_NP.shape[0], noise_TNP.shape[0]
     if condition_MD.shape[0] not in (rows, 2 * rows):

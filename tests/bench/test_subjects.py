@@ -22,6 +22,7 @@ from fastfar.bench.subjects import Choice, timed_run
 from fastfar.config import FARConfig
 from fastfar.kl_vae import KLVAEConfig
 from fastfar.plan import SamplingPlan
+from fastfar.solver import Solver
 
 CPU = torch.device("cpu")
 
@@ -33,18 +34,20 @@ def tiny_preset(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_selectors(tiny_preset: None) -> None:
-    asked = ["torch/paper", "autocast", "torch/T=3-mask", "torch/paper"]
+    asked = ["torch/paper", "autocast", "torch/T=3-mask", "torch/paper", "torch/fast"]
     half = Choice(dtype=torch.bfloat16)
     found = subjects.select([f"far_base/{form}" for form in asked], CPU, half)
     assert [recipe.key for recipe in found] == [
         "far_base/torch/bfloat16/paper",
         "far_base/autocast/bfloat16/official",
         "far_base/torch/bfloat16/T=3-mask",
+        "far_base/torch/bfloat16/fast",
     ]
-    paper, official, masked = (recipe.sketch for recipe in found)
+    paper, official, masked, fast = (recipe.sketch for recipe in found)
     assert paper.title == "FAR-B torch, T = 40..100" and paper.mode == "exact"
     assert official.title == "FAR-B as published, T = 100" and official.mode == "as published"
     assert masked.executed_flops(1) and masked.steps == 11
+    assert fast.mode == "approximate" and fast.title == "FAR-B torch, T = 4..9 (fast)"
     assert {recipe.family for recipe in found} == {"far_base"}
     assert official.executed_flops(2) == 2 * (official.executed_flops(1) or 0)
     assert (official.executed_flops(1) or 0) > official.reference_flops(1)
@@ -52,7 +55,7 @@ def test_selectors(tiny_preset: None) -> None:
 
 @pytest.mark.parametrize(
     ("selector", "message"),
-    [("far_giant", "var_d24"), ("far_base/magic", "autocast"), ("far_base/torch/fast", "T=1"),
+    [("far_giant", "var_d24"), ("far_base/magic", "autocast"), ("far_base/torch/quick", "T=1"),
      ("far_base/torch/T=0", "T=1"), ("far_base/torch/paper/x", r"MODEL\[/FORM"),
      ("var_d16/native", "well_run"), ("var_d16/published/paper", "one plan")],
 )  # fmt: skip
@@ -66,6 +69,10 @@ def test_plans_have_names() -> None:
     assert plan_name(SamplingPlan.paper("mask")) == "paper-mask"
     assert plan_name(SamplingPlan.official(diffusion_steps=7)) == "T=7"
     assert plan_name(SamplingPlan.paper(diffusion_steps=(2, 5))) == "T=2..5"
+    assert plan_name(SamplingPlan.fast("mask")) == "fast-mask"
+    assert plan_name(SamplingPlan.fast(moments=True)) == "fast-moments"
+    few = SamplingPlan.official(diffusion_steps=4).with_changes(solvers=Solver(method="ddim"))
+    assert plan_name(few) == "ddim-40-calls"
 
 
 def test_forms_share_weights_and_agree(tiny_preset: None) -> None:
