@@ -31,6 +31,7 @@ from fastfar.costs import counts
 from fastfar.decoding import decode_latents
 from fastfar.kl_vae import KLVAE
 from fastfar.model import FAR
+from fastfar.moments import MomentHead
 from fastfar.noise import NoiseSource, seeded_noise
 from fastfar.plan import SamplingPlan
 from fastfar.prepared import prepare_native
@@ -109,6 +110,7 @@ class Weights:
         tokenizer: of its latents.
         plan: a checkpoint's own plan, None for a preset.
         random: whether the weights were drawn.
+        moments: a checkpoint's moment head, if it has one.
     """
 
     name: str
@@ -116,6 +118,7 @@ class Weights:
     tokenizer: Tokenizer
     plan: SamplingPlan | None = None
     random: bool = False
+    moments: MomentHead | None = None
     _made: dict[tuple[str, torch.dtype], Any] = field(default_factory=dict)
     _truths: dict[SamplingPlan, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _allowed: dict[tuple[SamplingPlan, torch.dtype], float] = field(default_factory=dict)
@@ -180,9 +183,8 @@ class Weights:
         if plan not in self._truths:
             exact = torch.float64 if self.small else torch.float32
             labels_B, noise = labels_of(1, self.config.num_classes), seeded(self, 1)
-            latent = sample_latents(
-                self.model, labels_B, plan, noise, backend="reference", dtype=exact
-            )
+            options: Any = {"backend": "reference", "dtype": exact, "moments": self.moments}
+            latent = sample_latents(self.model, labels_B, plan, noise, **options)
             image = pixels(decode_latents(self.tokenizer, latent.float(), "reference"))
             self._truths[plan] = (latent, image)
         return self._truths[plan]
@@ -211,7 +213,8 @@ def load(
     if preset is None:
         parts = load_pretrained(checkpoint or "demo", dtype=torch.float32)
         tokenizer = parts.tokenizer or PixelTokenizer(0.0, 1.0)
-        made = Weights(checkpoint or "demo", parts.model, tokenizer, parts.plan)
+        name = checkpoint or "demo"
+        made = Weights(name, parts.model, tokenizer, parts.plan, moments=parts.moments)
     else:
         config = sized(preset, head_depth)
         model = random_model(config)
@@ -263,8 +266,8 @@ class FARSubject:
     def __init__(
         self, weights: Weights, form: str, dtype: torch.dtype, plan: SamplingPlan
     ) -> None:
-        if form == "compile" and plan.mask_ratios is not None:
-            raise ValueError("the form compile knows no masks; leave it out")
+        if form == "compile" and (plan.mask_ratios is not None or plan.is_approximate):
+            raise ValueError("the form compile knows the published sampler without masks alone")
         self.weights, self.form, self.dtype, self.sampling_plan = weights, form, dtype, plan
         self.model, self.device = weights.name, weights.device
         self.plan_name, self.plan_mode = plan_name(plan), plan_mode(plan)
@@ -397,7 +400,8 @@ class FARSubject:
             return self._compiled(labels_B, noise, plan)
         backend = "triton" if form == "eager" else form
         with graphs.disabled() if form == "eager" else nullcontext():
-            return sample_latents(network, labels_B, plan, noise, backend=backend, dtype=dtype)
+            options: Any = {"backend": backend, "dtype": dtype, "moments": self.weights.moments}
+            return sample_latents(network, labels_B, plan, noise, **options)
 
     def _published(
         self,
@@ -422,6 +426,7 @@ class FARSubject:
                 num_levels=config.num_levels,
                 kind=config.filter,
                 num_timesteps=config.num_timesteps,
+                moments=None if self.weights.moments is None else self.weights.moments.moments,
             )
         return latent.float()
 

@@ -232,31 +232,32 @@ def _point(row: Row) -> tuple[float, float]:
 
 
 def quality(rows: Sequence[Row]) -> Figure | None:
-    """A figure of merit (the first that the rows have) over the seconds of one image."""
+    """Every figure of merit that all rows have, over the seconds of one image."""
     rows = [row for row in rows if _one_image(row) and row.quality and row.gate != "red"]
     if not rows:
         return None
-    metric = next(iter(rows[0].quality or {}))
-    rows = [row for row in rows if metric in (row.quality or {})]
-    figure, (axes,) = _figure(3.8)
-    points = [(row.median_s or 0.0, (row.quality or {})[metric]) for row in rows]
-    _log_seconds(axes, min(x for x, _ in points) / 1.6, max(x for x, _ in points) * 2)
-    axes.set_ylim(0, max(y for _, y in points) * 1.15)
-    for row, (x, y) in zip(rows, points, strict=True):
-        figures, shade = quantiles(row.samples_s), colour(row)
-        hollow = row.mode == "approximate"
-        axes.plot([figures["p5_s"], figures["p95_s"]], [y, y], color=shade, linewidth=1.0)
-        fill = "white" if hollow else shade
-        axes.plot(x, y, "o", color=shade, markersize=6, markerfacecolor=fill)
-    axes.set_ylabel(metric)
-    axes.grid(axis="both")
+    metrics = [m for m in rows[0].quality or {} if all(m in (row.quality or {}) for row in rows)]
     names = [row.plan_name or row.title for row in rows]
     if len(set(names)) < len(names):
         names = [row.title for row in rows]
+    figure, panels = _figure(1.0 + 2.4 * len(metrics), len(metrics))
+    for axes, metric in zip(panels, metrics, strict=True):
+        points = [(row.median_s or 0.0, (row.quality or {})[metric]) for row in rows]
+        _log_seconds(axes, min(x for x, _ in points) / 1.6, max(x for x, _ in points) * 2)
+        highest = max(y for _, y in points)
+        spread = highest - min(y for _, y in points) or highest or 1.0
+        axes.set_ylim(max(0.0, highest - 2.0 * spread), highest + 0.5 * spread)
+        for row, (x, y) in zip(rows, points, strict=True):
+            figures, shade = quantiles(row.samples_s), colour(row)
+            axes.plot([figures["p5_s"], figures["p95_s"]], [y, y], color=shade, linewidth=1.0)
+            fill = "white" if row.mode == "approximate" else shade
+            axes.plot(x, y, "o", color=shade, markersize=6, markerfacecolor=fill)
+        axes.set_ylabel(metric)
+        axes.grid(axis="both")
+        place_labels(axes, dict(zip(names, points, strict=True)))
     hollow = any(row.mode == "approximate" for row in rows)
     note = ("full: exact; hollow: approximate; " if hollow else "") + "line: 5 to 95 %"
-    _title(figure, f"{metric} over latency", rows, note)
-    place_labels(axes, dict(zip(names, points, strict=True)))
+    _title(figure, "Quality over latency", rows, note)
     return figure
 
 

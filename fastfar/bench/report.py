@@ -90,18 +90,22 @@ def over(row: Row, base: Row | None) -> float | None:
 
 
 def with_quality(rows: Iterable[Row], evaluations: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """Rows with the figures of `fastfar eval` (lines of its --output) of their model and plan.
+    """Rows with the figures of `fastfar eval` or `experiment` (--output) of their model and plan.
 
     A row is an evaluation's where the plan is the same and its model is the evaluated checkpoint.
     """
     figures: dict[str, dict[str, float]] = {}
     for line in evaluations:
-        about = line.get("run") or {}
-        samples = next((each for each in line.get("rows", ()) if each["kind"] == "samples"), None)
+        about, samples = line.get("run") or {}, None
+        if line.get("kind") == "images" and line.get("place") == "pooled":
+            about, samples = line, line["outcome"]
+        else:
+            found = (each for each in line.get("rows", ()) if each["kind"] == "samples")
+            samples = next(found, None)
         if samples is not None and about.get("plan") is not None:
-            names = (line["metric"], "precision", "recall", "class_agreement")
-            found = {name: float(samples[name]) for name in names if samples[name] is not None}
-            figures[_joined_by(Path(str(about["checkpoint"])).name, about["plan"])] = found
+            names = (line.get("metric", "FD-fashion"), "precision", "recall", "class_agreement")
+            known = {name: float(samples[name]) for name in names if samples[name] is not None}
+            figures[_joined_by(Path(str(about["checkpoint"])).name, about["plan"])] = known
     return [
         dataclasses.replace(row, quality=figures.get(_joined_by(row.model, row.plan), row.quality))
         for row in rows

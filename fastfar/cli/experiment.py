@@ -114,6 +114,7 @@ def _setting(args: argparse.Namespace, work: Path, output: Path) -> Setting:
         reference=args.reference,
         data=args.data,
         backend=args.backend,
+        checkpoint=Path(args.checkpoint).name,
         batch_size=args.batch_size,
         **numbers,
     )

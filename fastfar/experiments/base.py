@@ -92,6 +92,7 @@ class Setting:
     reference: Path | None = None
     data: Path | None = None
     backend: str = "auto"
+    checkpoint: str = "demo"
     batch_size: int = 100
     tell: Tell = field(default=lambda text: None)
 

@@ -137,6 +137,8 @@ class Images:
             "place": place,
             "head_calls": candidate.plan.head_calls,
             "samples": self.setting.samples,
+            "checkpoint": self.setting.checkpoint,
+            "plan": candidate.plan.to_dict(),
         }
 
 

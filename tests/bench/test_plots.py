@@ -81,7 +81,7 @@ def test_roofline() -> None:
 def test_quality() -> None:
     found = [
         row(f"demo/native/{steps}", seconds, plan_name=f"T = {steps}", mode=mode,
-            quality={"FD-fashion": distance})
+            quality={"FD-fashion": distance, "recall": 1.0 / distance})
         for steps, seconds, mode, distance in (
             (4, 0.1, "approximate", 14.0), (16, 0.2, "exact", 3.3), (100, 1.2, "exact", 3.0)
         )
@@ -89,7 +89,8 @@ def test_quality() -> None:
     figure = plots.quality([*found, row()])
     assert figure is not None
     seen = texts(figure)
-    assert {"T = 4", "T = 16", "T = 100"} <= set(seen) and seen[0] == "FD-fashion over latency"
+    assert {"T = 4", "T = 16", "T = 100"} <= set(seen) and seen[0] == "Quality over latency"
+    assert [axes.get_ylabel() for axes in figure.axes] == ["FD-fashion", "recall"]
     assert "hollow: approximate" in seen[1]
 
 
