@@ -221,22 +221,22 @@ class SamplingPlan:
     ) -> SamplingPlan:
         """`base` (a plan, or a mode of `official`) with few head calls; approximate.
 
-        Nine of ten outer steps are low-passed, so they need a right mean and covariance of their
-        tokens rather than a right sample: T rises from 2 to the last outer step. moments: those
-        steps take one call of a moment head (`fastfar.moments`) instead.
+        Six steps of SDE-DPM-Solver++(2M), even in log-SNR from t = 900, at every outer step. With
+        moments the low-passed outer steps, all but the last, take one call of a moment head
+        (`fastfar.moments`) instead, and the last one eight steps.
 
         Raises:
             ValueError: an unknown mode.
 
-        Source: benchmarks/README.md, few-step sampling: measured on the demo model alone.
+        Source: benchmarks/FEWSTEP.md: measured on the demo model, on nothing else.
         """
         plan = cls.official(base) if isinstance(base, str) else base
         plan = plan.with_changes(guidance_scale=guidance_scale)
+        if not moments:
+            return plan.with_changes(diffusion_steps=6, solvers=_FAST)
         before = len(plan) - 1
-        if moments:
-            solvers = (Solver(method="moments"),) * before + (_FAST,)
-            return plan.with_changes(diffusion_steps=(1,) * before + (8,), solvers=solvers)
-        return plan.with_changes(diffusion_steps=rising_steps(60, len(plan)), solvers=_FAST)
+        solvers = (Solver(method="moments"),) * before + (_FAST,)
+        return plan.with_changes(diffusion_steps=(1,) * before + (8,), solvers=solvers)
 
     def with_changes(
         self,
@@ -277,24 +277,6 @@ class SamplingPlan:
         if solvers is None:
             return cls(**values)
         return cls(**{**values, "solvers": tuple(Solver.from_dict(each) for each in solvers)})
-
-
-def rising_steps(total: int, count: int, growth: float = 1.35) -> tuple[int, ...]:
-    """`total` diffusion steps for `count` outer steps: two thirds spread evenly, the rest rising.
-
-    The rest grows by the factor `growth` from one outer step to the next; 1 is even.
-    ValueError where there are fewer steps than outer steps.
-    """
-    _require(total >= count, f"{total} steps are too few for {count} outer steps")
-    least = max(1, round(2 * total / (3 * count)))
-    rest = max(0, total - least * count)
-    weights = [growth**k for k in range(count)]
-    exact = [rest * weight / sum(weights) for weight in weights]
-    given = [math.floor(x) for x in exact]
-    largest = sorted(range(count), key=lambda k: exact[k] - given[k], reverse=True)
-    for k in largest[: rest - sum(given)]:
-        given[k] += 1
-    return tuple(least + x for x in given)
 
 
 def cosine_mask_ratios(num_steps: int) -> tuple[float, ...]:

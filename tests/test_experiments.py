@@ -357,3 +357,14 @@ def test_the_command(
     assert cli.main(["experiment", "fewstep", "E55"]) == 2
     assert "it has ['E0'" in capsys.readouterr().err
     assert json.loads(setting.output.read_text())["place"] == "survival"
+
+
+@pytest.mark.parametrize("total, count", [(10, 10), (14, 10), (40, 10), (60, 11), (7, 1)])
+def test_rising_steps(total: int, count: int) -> None:
+    steps = fewstep.rising_steps(total, count)
+    assert sum(steps) == total and len(steps) == count and min(steps) >= 1
+    assert list(steps) == sorted(steps)
+    even = fewstep.rising_steps(total, count, growth=1.0)
+    assert sum(even) == total and max(even) - min(even) <= 1
+    with pytest.raises(ValueError, match="too few for"):
+        fewstep.rising_steps(count - 1, count)
