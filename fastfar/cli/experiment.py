@@ -10,10 +10,12 @@ from tqdm import tqdm
 
 from fastfar.backend import BACKENDS
 from fastfar.evaluation.samples import check_seed
-from fastfar.experiments import EXPERIMENTS, Rows, Setting
+from fastfar.experiments import EXPERIMENTS, SHOWN, Rows, Setting
+from fastfar.experiments.picture import side_by_side
 from fastfar.experiments.report import report
 from fastfar.experiments.run import run_part
 from fastfar.moments import MomentHead
+from fastfar.pictures import save_png
 
 _DESCRIPTION = """\
 Run the parts of an experiment and append every finding to a JSONL file as soon as it is there: a
@@ -23,6 +25,7 @@ _EPILOG = """examples:
   fastfar experiment fewstep E0 --quick
   fastfar experiment fewstep E1 --samples 1000 --seeds 0 1
   fastfar experiment fewstep report > fewstep.md
+  fastfar experiment fewstep E2 --tokens --checkpoint models/far_huge
 """
 QUICK = {"samples": 40, "seeds": (0, 1), "conditions": 16, "draws": 32, "teacher_steps": 20}
 
@@ -52,6 +55,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--backend", choices=("auto", *BACKENDS), default="auto", help="(%(default)s)")
     add("--work", metavar="DIR", type=Path, help="(~/.cache/fastfar/experiments)")
     add("--output", metavar="FILE", type=Path, help="rows, JSONL (WORK/<name>.jsonl)")
+    add("--tokens", action="store_true", help="token metrics alone: no images, any checkpoint")
+    add("--picture", metavar="FILE", type=Path, help="also the same seeds by its samplers (.png)")
     add("--quick", action="store_true", help="tiny numbers: shows that it runs, decides nothing")
     parser.set_defaults(run=run)
 
@@ -66,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     quick = "-quick" if args.quick else ""
     output = args.output or work / f"{args.name}{quick}.jsonl"
     rows = Rows(output)
-    if wanted == ["report"]:
+    if wanted == ["report"] and args.picture is None:
         print(report(args.name, parts, rows))
         return 0
     setting = _setting(args, work, output)
@@ -76,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
             for name in wanted:
                 if name != "report":
                     run_part(args.name, parts[name], setting, rows)
+            if args.picture is not None:
+                save_png(args.picture, side_by_side(setting, SHOWN[args.name](setting)))
         except KeyboardInterrupt:
             print(
                 f"stopped; what is finished is kept in {output} and {work}, and the same command "
@@ -115,6 +122,7 @@ def _setting(args: argparse.Namespace, work: Path, output: Path) -> Setting:
         data=args.data,
         backend=args.backend,
         checkpoint=Path(args.checkpoint).name,
+        images=not args.tokens,
         batch_size=args.batch_size,
         **numbers,
     )

@@ -2,7 +2,9 @@
 
 from fastfar.experiments.base import Candidate, Part, Rows, Setting
 from fastfar.experiments.fewstep import PARTS as FEWSTEP
+from fastfar.experiments.fewstep import shown
 
 EXPERIMENTS = {"fewstep": FEWSTEP}
+SHOWN = {"fewstep": shown}  # plans of the picture
 
-__all__ = ["EXPERIMENTS", "Candidate", "Part", "Rows", "Setting"]
+__all__ = ["EXPERIMENTS", "SHOWN", "Candidate", "Part", "Rows", "Setting"]

@@ -93,6 +93,7 @@ class Setting:
     data: Path | None = None
     backend: str = "auto"
     checkpoint: str = "demo"
+    images: bool = True
     batch_size: int = 100
     tell: Tell = field(default=lambda text: None)
 

@@ -341,4 +341,17 @@ FAST = Part(
     _fast,
 )
 
+def shown(setting: Setting) -> dict[str, SamplingPlan]:
+    """What the picture puts side by side."""
+    own, teacher = setting.pipeline.plan, setting.teacher_plan
+    plans = {f"R, {teacher.head_calls:,} calls": teacher}
+    plans[f"the checkpoint's plan, {own.head_calls}"] = own
+    plans["log rule, 60"] = uniform(setting, 6, LOG)
+    plans["fast, 60"] = SamplingPlan.fast(own)
+    if setting.pipeline.moments is not None:
+        head = SamplingPlan.fast(own, moments=True)
+        plans[f"fast, moments, {head.head_calls}"] = head
+    return plans
+
+
 PARTS = {part.name: part for part in (E0, E1, E2, E3, E4, E6, E9, FAST)}

@@ -15,7 +15,7 @@ from fastfar.experiments.teacher import Teacher, swapped
 def run_part(experiment: str, part: Part, setting: Setting, rows: Rows) -> None:
     """Make every row of the part that is not there yet; stopped, it goes on where it was."""
     teacher, images = Teacher(setting), Images(setting, rows, experiment)
-    for name, diagnose in part.diagnostics:
+    for name, diagnose in part.diagnostics if setting.images else ():
         setting.tell(f"{part.name}: {name}")
         row: Row = {"experiment": experiment, "part": part.name, "candidate": "-"}
         row |= {"kind": "diagnostic", "place": name}
@@ -26,6 +26,8 @@ def run_part(experiment: str, part: Part, setting: Setting, rows: Rows) -> None:
             _token_row(experiment, part, candidate, k, teacher, rows)
             for k in candidate.token_steps
         ]
+        if not setting.images:
+            continue
         if candidate.images == "always":
             images.compare(part.name, candidate)
         elif candidate.images == "gated" and all(metrics["passes"] for metrics in judged):

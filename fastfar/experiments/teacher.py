@@ -45,7 +45,7 @@ class Teacher:
         self.setting = setting
         self.plan = setting.teacher_plan
         self.seed, self.count = setting.seeds[0], setting.conditions
-        self.labels_B = balanced_labels(self.count)
+        self.labels_B = balanced_labels(self.count, setting.pipeline.model.config.num_classes)
         self.identity: dict[str, Any] = {
             "weights": setting.weights,
             "plan": self.plan.to_dict(),
