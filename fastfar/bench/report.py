@@ -93,11 +93,12 @@ def with_quality(rows: Iterable[Row], evaluations: Iterable[Mapping[str, Any]]) 
     """Rows with the figures of `fastfar eval` or `experiment` (--output) of their model and plan.
 
     A row is an evaluation's where the plan is the same and its model is the evaluated checkpoint.
+    Of an experiment the images of seed 0 count, which are equally many for all: FD depends on N.
     """
     figures: dict[str, dict[str, float]] = {}
     for line in evaluations:
         about, samples = line.get("run") or {}, None
-        if line.get("kind") == "images" and line.get("place") == "pooled":
+        if line.get("kind") == "images" and line.get("place") == "0":
             about, samples = line, line["outcome"]
         else:
             found = (each for each in line.get("rows", ()) if each["kind"] == "samples")
