@@ -207,10 +207,7 @@ class SamplingPlan:
     ) -> SamplingPlan:
         """`official` with the paper's frequency-aware T: linear from the first to the last step."""
         plan = cls.official(mode, guidance_scale)
-        first, last = diffusion_steps
-        n = len(plan)
-        steps = tuple(round(first + (last - first) * k / (n - 1)) for k in range(n))
-        return dataclasses.replace(plan, diffusion_steps=steps)
+        return dataclasses.replace(plan, diffusion_steps=ramp(*diffusion_steps, len(plan)))
 
     @classmethod
     def fast(
@@ -277,6 +274,11 @@ class SamplingPlan:
         if solvers is None:
             return cls(**values)
         return cls(**{**values, "solvers": tuple(Solver.from_dict(each) for each in solvers)})
+
+
+def ramp(first: int, last: int, count: int) -> tuple[int, ...]:
+    """Whole numbers from `first` to `last` in equal steps, rounded."""
+    return tuple(round(first + (last - first) * k / max(count - 1, 1)) for k in range(count))
 
 
 def cosine_mask_ratios(num_steps: int) -> tuple[float, ...]:

@@ -31,7 +31,7 @@ from fastfar.bench.timing import now
 from fastfar.config import PRESETS
 from fastfar.kl_vae import KLVAE
 from fastfar.model import FAR
-from fastfar.plan import SamplingPlan
+from fastfar.plan import SamplingPlan, ramp
 from fastfar.tokenizer import PixelTokenizer
 
 
@@ -239,13 +239,16 @@ def _named_plan(selector: str, weights: far.Weights, name: str) -> SamplingPlan:
         if base == "fast":
             own = weights.plan if weights.plan is not None and not masked else None
             return SamplingPlan.fast(own or weights.official(kind))
-        steps = base.removeprefix("T=")
-        if base.startswith("T=") and steps.isdecimal() and 1 <= int(steps) <= 1000:
+        first, _, last = base.removeprefix("T=").partition("..")
+        ends = [first, last or first]
+        if base.startswith("T=") and all(t.isdecimal() and 1 <= int(t) <= 1000 for t in ends):
             plan = weights.plan if weights.plan is not None and not masked else None
-            return (plan or weights.official(kind)).with_changes(diffusion_steps=int(steps))
+            plan = plan or weights.official(kind)
+            return plan.with_changes(diffusion_steps=ramp(*map(int, ends), len(plan)))
     raise ValueError(
-        f"{selector!r}: plan {name!r} is not known; allowed: official, paper, fast, T=1..T=1000, "
-        "each also with -mask, and fast-moments where the checkpoint has a moment head"
+        f"{selector!r}: plan {name!r} is not known; allowed: official, paper, fast, T=1 to T=1000, "
+        "T=40..100 and the like, each also with -mask, and fast-moments where the checkpoint has a "
+        "moment head"
     )
 
 

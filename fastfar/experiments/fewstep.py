@@ -15,7 +15,7 @@ from typing import Any
 from fastfar.experiments import diagnostics
 from fastfar.experiments.base import Candidate, Part, Setting
 from fastfar.experiments.tables import VarianceTables
-from fastfar.plan import SamplingPlan
+from fastfar.plan import SamplingPlan, ramp
 from fastfar.solver import Solver
 
 ALWAYS, GATED, NEVER = "always", "gated", "never"  # images
@@ -105,7 +105,11 @@ def _some_steps(setting: Setting) -> tuple[int, ...]:
 def _e0(setting: Setting) -> Sequence[Candidate]:
     every = tuple(range(len(setting.teacher_plan)))
     few = {40: NEVER, 20: NEVER, 16: ALWAYS}
+    steps = ramp(40, 100, len(every))
     return [
+        Candidate(
+            "R at T=40..100", setting.teacher_plan.with_changes(diffusion_steps=steps), (), ALWAYS
+        ),
         Candidate("R at T=1000", uniform(setting, 1000, LOG), every[-1:], NEVER),
         *(Candidate(f"R at T={t}", uniform(setting, t, LOG), every, n) for t, n in few.items()),
     ]
@@ -340,6 +344,7 @@ FAST = Part(
     "level before the last and at most 8 at the last.",
     _fast,
 )
+
 
 def shown(setting: Setting) -> dict[str, SamplingPlan]:
     """What the picture puts side by side."""

@@ -34,7 +34,8 @@ def tiny_preset(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_selectors(tiny_preset: None) -> None:
-    asked = ["torch/paper", "autocast", "torch/T=3-mask", "torch/paper", "torch/fast"]
+    asked = ["torch/paper", "autocast", "torch/T=3-mask", "torch/paper", "torch/fast",
+             "torch/T=2..5"]  # fmt: skip
     half = Choice(dtype=torch.bfloat16)
     found = subjects.select([f"far_base/{form}" for form in asked], CPU, half)
     assert [recipe.key for recipe in found] == [
@@ -42,8 +43,9 @@ def test_selectors(tiny_preset: None) -> None:
         "far_base/autocast/bfloat16/official",
         "far_base/torch/bfloat16/T=3-mask",
         "far_base/torch/bfloat16/fast",
+        "far_base/torch/bfloat16/T=2..5",
     ]
-    paper, official, masked, fast = (recipe.sketch for recipe in found)
+    paper, official, masked, fast, _ = (recipe.sketch for recipe in found)
     assert paper.title == "FAR-B torch, T = 40..100" and paper.mode == "exact"
     assert official.title == "FAR-B as published, T = 100" and official.mode == "as published"
     assert masked.executed_flops(1) and masked.steps == 11
@@ -56,7 +58,8 @@ def test_selectors(tiny_preset: None) -> None:
 @pytest.mark.parametrize(
     ("selector", "message"),
     [("far_giant", "var_d24"), ("far_base/magic", "autocast"), ("far_base/torch/quick", "T=1"),
-     ("far_base/torch/T=0", "T=1"), ("far_base/torch/paper/x", r"MODEL\[/FORM"),
+     ("far_base/torch/T=0", "T=1"),
+     ("far_base/torch/T=40..x", "T=40..100"), ("far_base/torch/paper/x", r"MODEL\[/FORM"),
      ("var_d16/native", "well_run"), ("var_d16/published/paper", "one plan")],
 )  # fmt: skip
 def test_unknown_selectors(selector: str, message: str) -> None:
