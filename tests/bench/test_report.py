@@ -165,7 +165,8 @@ def test_quality_is_joined_by_model_and_plan() -> None:
     outcome = {"FD-fashion": 4.0, "precision": 0.8, "recall": 0.3, "class_agreement": 0.97}
     experiment = {"kind": "images", "place": "0", "outcome": outcome, "checkpoint": "demo",
                   "plan": {"diffusion_steps": [4, 4]}}  # fmt: skip
-    joined = report.with_quality(found, [line, experiment, {**experiment, "place": "1", "outcome": {}}])
+    other = {**experiment, "place": "1", "outcome": {}}
+    joined = report.with_quality(found, [line, experiment, other])
     assert [each.quality for each in joined[1:]] == [outcome, None]
 
 
