@@ -5,20 +5,16 @@ of a token there is its mean and its covariance. This head predicts both, of the
 denoising MLP would sample with guidance,
 
     h = W_c z_c + W_u z_u + e_level + w_g (s - 1);  h <- h + MLP(LN(h));  o = W LN(h) + b
-    m = mean_level + A_level o_1,    x = m + temperature U_level R n,    n ~ N(0, 1)
-    R = S (1 - B)^-1 D,    S^2 = diag(variance_level) + 1e-5,    D = diag(exp(o_2 / 2)),
-    B strictly lower triangular with the entries o_3, o_2 from -11.5 upwards
+    m = mean_level + A_level o_1,    C = variance_level exp(o_2) + 1e-5
 
-That is y = B y + D n for y = S^-1 U^T (x - m): each number of a token is regressed on those before
-it, so that B does not depend on how wide a token's distribution is. The fixed tables of each level
-are taken from the data: mean_level and A_level from the tokens, U_level (eigenvectors) and
-variance_level from what the mean leaves over.
+so that x ~ N(m, U_level diag(C) U_level^T). The fixed tables of each level are taken from the data:
+mean_level and A_level from the tokens, U_level (eigenvectors) and variance_level from what the mean
+leaves over. C is the covariance at temperature 1: spread is proportional to temperature.
 
 `fastfar.training.moments` trains it on a model's own sampling runs. It belongs to that model and to
 the levels and guidance of that plan, and is refused with others.
 
-Source: fastfar's own; GIVT (arXiv 2312.02116) predicts a token's mean and variance in this way, B
-and D are the modified Cholesky decomposition of Pourahmadi (Biometrika 86, 1999).
+Source: fastfar's own; GIVT (arXiv 2312.02116) predicts a token's mean and variance in this way.
 """
 
 from __future__ import annotations
@@ -32,7 +28,7 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -48,14 +44,13 @@ from fastfar.plan import SamplingPlan
 from fastfar.solver import Moments
 
 FORMAT = "fastfar-moments"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 1
 FILE = "moments.safetensors"
 EPS = 1e-6
 MLP_RATIO = 4
-# Of every direction of a level's tokens: far below what a pixel shows.
+# Of every direction of a token: far below what a pixel shows, and the loss stays bounded where
+# the teacher's tokens are all the same (background).
 MIN_VARIANCE = 1e-5
-# ln D^2 of 1e-5: the loss stays bounded where the teacher's tokens are all the same (background).
-MIN_LOG_SQUARE = -11.5
 
 
 @dataclass(frozen=True)
@@ -96,35 +91,6 @@ class Trained:
     report: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Gaussian(NamedTuple):
-    """Distribution of every token at temperature 1: x = m + U R n, n ~ N(0, 1).
-
-    mean_NP: (N, P), m. root_NPP: (N, P, P) lower triangular, R. basis_PP: (P, P) orthonormal, U;
-    columns are axes.
-    """
-
-    mean_NP: Tensor
-    root_NPP: Tensor
-    basis_PP: Tensor
-
-    @property
-    def diagonal(self) -> Moments:
-        """For a denoising loop: the variances along the axes, without the correlations."""
-        return Moments(self.mean_NP, self.root_NPP.square().sum(dim=-1), self.basis_PP)
-
-
-class Factors(NamedTuple):
-    """The covariance of every token as it is predicted: y = B y + D n, see the module's text.
-
-    lower_NPP: (N, P, P) strictly lower triangular, B. log_square_NP: (N, P), ln D^2.
-    scale_P: (P,), S.
-    """
-
-    lower_NPP: Tensor
-    log_square_NP: Tensor
-    scale_P: Tensor
-
-
 class _Block(nn.Module):
     """h + W_2 gelu(W_1 LN(h) + b_1) + b_2."""
 
@@ -160,9 +126,9 @@ class MomentHead(nn.Module):
 
     Example:
         >>> head = MomentHead(MomentConfig(token_dim=16, condition_width=192, num_levels=16))
-        >>> tokens = head(torch.zeros(2 * 64, 192), level=4, guidance_scale=1.5)
-        >>> tokens.mean_NP.shape, tokens.root_NPP.shape
-        (torch.Size([64, 16]), torch.Size([64, 16, 16]))
+        >>> moments = head(torch.zeros(2 * 64, 192), level=4, guidance_scale=1.5)
+        >>> moments.mean_NP.shape
+        torch.Size([64, 16])
     """
 
     def __init__(self, config: MomentConfig, trained: Trained | None = None) -> None:
@@ -176,7 +142,7 @@ class MomentHead(nn.Module):
         self.guidance = nn.Parameter(torch.zeros(width))
         self.blocks = nn.ModuleList(_Block(width) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width, eps=EPS)
-        self.output = nn.Linear(width, numbers * (numbers + 3) // 2)
+        self.output = nn.Linear(width, 2 * numbers)
         nn.init.normal_(self.level.weight, std=0.02)
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
@@ -185,17 +151,14 @@ class MomentHead(nn.Module):
         self.register_buffer("map_KPP", identity.clone())
         self.register_buffer("basis_KPP", identity.clone())
         self.register_buffer("variance_KP", torch.ones(levels, numbers))
-        row, column = torch.tril_indices(numbers, numbers, -1)
-        self.register_buffer("_below_E", row * numbers + column, persistent=False)
 
     mean_KP: Tensor
     map_KPP: Tensor
     basis_KPP: Tensor
     variance_KP: Tensor
-    _below_E: Tensor
 
-    def forward(self, condition_MD: Tensor, level: int, guidance_scale: float) -> Gaussian:
-        """Distribution of N tokens at one level.
+    def forward(self, condition_MD: Tensor, level: int, guidance_scale: float) -> Moments:
+        """Moments of N tokens at one level.
 
         Args:
             condition_MD: (2 N, D), conditional rows first; or (N, D), which is no guidance: z_u is
@@ -204,7 +167,7 @@ class MomentHead(nn.Module):
             guidance_scale: s.
 
         Returns:
-            (N, P), (N, P, P), (P, P), float32.
+            (N, P), (N, P), (P, P), float32.
 
         Raises:
             ValueError: conditions of another width, or a level that the head does not have.
@@ -218,34 +181,21 @@ class MomentHead(nn.Module):
         z_c, z_u = condition_MD, condition_MD
         if guidance_scale != 1.0:
             z_c, z_u = condition_MD.chunk(2)
-        return self.tokens(z_c, z_u, level, guidance_scale)
+        return self.moments(z_c, z_u, level, guidance_scale)
 
-    def tokens(
-        self, z_c_ND: Tensor, z_u_ND: Tensor, level: int, guidance_scale: float
-    ) -> Gaussian:
-        """`forward` of conditions that lie apart."""
-        mean_NP, factors = self.factors(z_c_ND, z_u_ND, level, guidance_scale)
-        lower_NPP, log_square_NP, scale_P = factors
-        deviation_NP = (0.5 * log_square_NP).exp()
-        # (1 - B) X = D; the diagonal of 1 - B is taken to be 1, not read.
-        root_NPP = torch.linalg.solve_triangular(
-            -lower_NPP, torch.diag_embed(deviation_NP), upper=False, unitriangular=True
-        )
-        return Gaussian(mean_NP, scale_P[:, None] * root_NPP, self.basis_KPP[level])
-
-    def factors(
+    def moments(
         self,
         z_c_NRD: Tensor,
         z_u_NRD: Tensor,
         level: int | Tensor,
         guidance_scale: float | Tensor,
-    ) -> tuple[Tensor, Factors]:
-        """Mean and covariance as they are predicted.
+    ) -> Moments:
+        """`forward` of conditions that lie apart.
 
         Several levels at once: conditions (S, R, D), level (S,), guidance_scale (S, 1, 1); the
         results have an axis of S as well.
         """
-        dtype, numbers = self.condition.bias.dtype, self.config.token_dim
+        dtype = self.condition.bias.dtype
         h_NW = linear(z_c_NRD.to(dtype), self.condition.weight, self.condition.bias)
         h_NW = h_NW + linear(z_u_NRD.to(dtype), self.unconditional.weight, self.unconditional.bias)
         h_NW = h_NW + self.level.weight[level].unsqueeze(-2)
@@ -254,7 +204,7 @@ class MomentHead(nn.Module):
             h_NW = block(h_NW)
         # The last layer in float32: a mean is copied into all later levels.
         with torch.autocast(h_NW.device.type, enabled=False):
-            out_NO = layernorm_linear(
+            out_N2P = layernorm_linear(
                 h_NW.float(),
                 self.norm.weight,
                 self.norm.bias,
@@ -262,15 +212,11 @@ class MomentHead(nn.Module):
                 self.output.bias,
                 eps=EPS,
             )
-            shift_NP, log_square_NP = out_NO[..., :numbers], out_NO[..., numbers : 2 * numbers]
+            shift_NP, log_ratio_NP = out_N2P.chunk(2, dim=-1)
             shift_NP = shift_NP @ self.map_KPP[level].mT
             mean_NP = self.mean_KP[level].unsqueeze(-2) + shift_NP
-            lower_NE = out_NO.new_zeros(*out_NO.shape[:-1], numbers**2)
-            lower_NE = lower_NE.index_copy(-1, self._below_E, out_NO[..., 2 * numbers :])
-            lower_NPP = lower_NE.unflatten(-1, (numbers, numbers))
-            log_square_NP = log_square_NP.clamp(min=MIN_LOG_SQUARE)
-            scale_P = (self.variance_KP[level] + MIN_VARIANCE).sqrt()
-        return mean_NP, Factors(lower_NPP, log_square_NP, scale_P)
+            variance_NP = self.variance_KP[level].unsqueeze(-2) * log_ratio_NP.exp()
+        return Moments(mean_NP, variance_NP + MIN_VARIANCE, self.basis_KPP[level])
 
     # --- what it may be used for -------------------------------------------------------------
 
@@ -426,17 +372,19 @@ def prepared_moments(
     return kept[1]
 
 
-def drawn(tokens: Gaussian, noise_NP: Tensor, temperature: float) -> Tensor:
-    """Tokens x = m + temperature U R n; dtype of the noise.
-
-    Not bounded: that would shift the mean of tokens near a bound, and a low-passed result keeps its
-    mean through all later levels, while what lies outside mostly averages out.
+def drawn(
+    moments: Moments,
+    noise_NP: Tensor,
+    temperature: float,
+    x0_range: tuple[float, float] | None = None,
+) -> Tensor:
+    """Tokens x = m + temperature U (sqrt(C) n), bounded to x0_range; dtype of the noise.
 
     noise_NP: (N, P), standard normal.
     """
-    spread_NP = (tokens.root_NPP.to(noise_NP) @ noise_NP.unsqueeze(-1)).squeeze(-1)
-    spread_NP = temperature * spread_NP @ tokens.basis_PP.mT.to(noise_NP)
-    return tokens.mean_NP.to(noise_NP) + spread_NP
+    spread_NP = temperature * moments.variance_NP.sqrt().to(noise_NP) * noise_NP
+    x_NP = moments.mean_NP.to(noise_NP) + spread_NP @ moments.basis_PP.mT.to(noise_NP)
+    return x_NP if x0_range is None else x_NP.clamp(*x0_range)
 
 
 def _place(plan: SamplingPlan, k: int) -> tuple[int, int | None]:

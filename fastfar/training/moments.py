@@ -6,13 +6,12 @@
     head.save("model_folder/moments.safetensors")              # FARPipeline loads it from there
 
 A row holds the conditions and the token of one outer step (`moment_rows`). With r = U^T (x - m),
-over temperature, y = S^-1 r and u = D^-1 (1 - B) y (standard normal, if the head is right), the
-loss of a row is the mean over its P directions of
+over temperature, the loss of a row is the mean over its P directions of
 
-    y^2 + (ln D^2 + ln S^2 + u^2) / 2
+    r^2 / C_level + (ln C + sg(r)^2 / C) / 2
 
-where y in u is without gradient: the variance does not excuse the mean. In the first steps the mean
-is trained alone; what it leaves over then gives U and S of each level.
+where sg stops the gradient: the variance does not excuse the mean. In the first steps the mean is
+trained alone; what it leaves over then gives U and C_level of each level.
 
 Source: fastfar's own; the loss is a Gaussian's negative log likelihood whose mean has fixed weights
 (arXiv 2203.09168 says why).
@@ -37,7 +36,7 @@ from fastfar import backend as backends
 from fastfar._files import atomic_write
 from fastfar._weights import open_weights, weights_digest
 from fastfar.model import FAR
-from fastfar.moments import MIN_VARIANCE, Factors, MomentConfig, MomentHead, Trained
+from fastfar.moments import MIN_VARIANCE, MomentConfig, MomentHead, Trained
 from fastfar.plan import SamplingPlan
 from fastfar.training.ema import EMA
 from fastfar.training.moment_rows import Batch, MomentData, MomentRows
@@ -149,12 +148,14 @@ class MomentTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.learning_rate(self.step)
         with torch.autocast("cpu", self.dtype, enabled=self.dtype is not torch.float32):
-            white_SRP, factors = self._white(
+            residual_SRP, variance_SRP = self._residual(
                 self.head, self.data.batch(recipe.batch_size, generator)
             )
-        loss = white_SRP.square().mean()
+        mean_loss = (residual_SRP**2 / self._level_variance()).mean()
+        loss = mean_loss
         if self.step >= recipe.mean_steps:
-            loss = loss + _nll(white_SRP.detach(), factors).mean()
+            ratio_SRP = residual_SRP.detach() ** 2 / variance_SRP
+            loss = loss + 0.5 * (variance_SRP.log() + ratio_SRP).mean()
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self.head.parameters(), recipe.clip)
         self.optimizer.step()
@@ -173,19 +174,21 @@ class MomentTrainer:
     def report(self, rows: int = 4096) -> dict[str, Any]:
         """Of the averaged head on rows that it was not trained on, one number per outer step.
 
-        explained: share of the tokens' variance that the mean explains. calibration: mean of u^2,
-        1 is right. deviation: of what the mean leaves over, root of the mean square. nll: per
-        number, less ln(2 pi) / 2.
+        explained: share of the tokens' variance that the mean explains. calibration: sum of
+        (x - m)^2 over that of C, 1 is right. deviation: root of the mean C. nll: per number, less
+        ln(2 pi) / 2.
         """
         batch = self.data.batch(rows, np.random.default_rng(0), kept_out=True)
-        white_SRP, factors = self._white(self.averaged(), batch)
+        residual_SRP, variance_SRP = self._residual(self.averaged(), batch)
+        ratio_SRP = residual_SRP**2 / variance_SRP
         x_SRP = batch.x_SRP / self.temperature_S11
-        left_SP = (white_SRP * factors.scale_P.unsqueeze(1)).square().mean(dim=1)
+        total_S = x_SRP.var(dim=1).sum(dim=-1)
+        left_S = residual_SRP.square().mean(dim=1).sum(dim=-1)
         figures = {
-            "explained": 1.0 - left_SP.sum(dim=-1) / x_SRP.var(dim=1).sum(dim=-1),
-            "calibration": _standard(white_SRP, factors).square().mean(dim=(1, 2)),
-            "deviation": left_SP.mean(dim=-1).sqrt(),
-            "nll": _nll(white_SRP, factors).mean(dim=(1, 2)),
+            "explained": 1.0 - left_S / total_S,
+            "calibration": left_S / variance_SRP.mean(dim=1).sum(dim=-1),
+            "deviation": variance_SRP.mean(dim=(1, 2)).sqrt(),
+            "nll": 0.5 * (variance_SRP.log() + ratio_SRP).mean(dim=(1, 2)),
         }
         rounded = {name: [round(v, 5) for v in each.tolist()] for name, each in figures.items()}
         return {"step": self.step, "rows": self.data.trained * len(self.plan), **rounded}
@@ -215,14 +218,14 @@ class MomentTrainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = int(state["step"])
 
-    def _white(self, head: MomentHead, batch: Batch) -> tuple[Tensor, Factors]:
-        """y at temperature 1, (S, R, P), and the predicted factors of its covariance."""
-        mean_SRP, factors = head.factors(
-            batch.z_c_SRD, batch.z_u_SRD, self.level_S, self.scale_S11
-        )
-        residual_SRP = (batch.x_SRP - mean_SRP) / self.temperature_S11
-        white_SRP = residual_SRP @ head.basis_KPP[self.level_S] / factors.scale_P.unsqueeze(1)
-        return white_SRP, factors
+    def _residual(self, head: MomentHead, batch: Batch) -> tuple[Tensor, Tensor]:
+        """U^T (x - m) at temperature 1, and C: (S, R, P) both."""
+        moments = head.moments(batch.z_c_SRD, batch.z_u_SRD, self.level_S, self.scale_S11)
+        residual_SRP = (batch.x_SRP - moments.mean_NP) / self.temperature_S11
+        return residual_SRP @ moments.basis_PP, moments.variance_NP
+
+    def _level_variance(self) -> Tensor:
+        return self.head.variance_KP[self.level_S].unsqueeze(1) + MIN_VARIANCE
 
     @torch.no_grad()
     def _set_token_tables(self) -> None:
@@ -239,26 +242,14 @@ class MomentTrainer:
     def _set_residual_tables(self) -> None:
         """U and C_level: axes and variances of what the mean leaves over."""
         batch, head = self._statistics_batch(), self.averaged()
-        mean_SRP, _ = head.factors(batch.z_c_SRD, batch.z_u_SRD, self.level_S, self.scale_S11)
-        variance_SP, axes_SPP = _axes((batch.x_SRP - mean_SRP) / self.temperature_S11)
+        moments = head.moments(batch.z_c_SRD, batch.z_u_SRD, self.level_S, self.scale_S11)
+        variance_SP, axes_SPP = _axes((batch.x_SRP - moments.mean_NP) / self.temperature_S11)
         self.head.basis_KPP[self.level_S] = axes_SPP
         self.head.variance_KP[self.level_S] = variance_SP
 
     def _statistics_batch(self) -> Batch:
         rows = min(STATISTICS_ROWS, self.data.trained)
         return self.data.batch(rows, np.random.default_rng((self.recipe.seed, 2**31)))
-
-
-def _standard(white_SRP: Tensor, factors: Factors) -> Tensor:
-    """u = D^-1 (1 - B) y."""
-    regressed_SRP = (factors.lower_NPP @ white_SRP.unsqueeze(-1)).squeeze(-1)
-    return (white_SRP - regressed_SRP) * (-0.5 * factors.log_square_NP).exp()
-
-
-def _nll(white_SRP: Tensor, factors: Factors) -> Tensor:
-    """Negative log likelihood of each number given those before it, less ln(2 pi) / 2."""
-    log_variance_SRP = factors.log_square_NP + 2.0 * factors.scale_P.log().unsqueeze(1)
-    return 0.5 * (log_variance_SRP + _standard(white_SRP, factors).square())
 
 
 def _axes(residual_SRP: Tensor) -> tuple[Tensor, Tensor]:
