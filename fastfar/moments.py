@@ -284,8 +284,11 @@ class MomentHead(nn.Module):
 
     # --- files -------------------------------------------------------------------------------
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file, atomically: weights, sizes, and what it was trained on."""
+    def save(self, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
+        """Write one safetensors file, atomically: weights, sizes, and what it was trained on.
+
+        dtype: of the stored weights; tables of the levels stay float32, as does what is loaded.
+        """
         plan = self.trained.plan
         described = {
             "version": FORMAT_VERSION,
@@ -294,7 +297,11 @@ class MomentHead(nn.Module):
             "plan": None if plan is None else plan.to_dict(),
             "report": dict(self.trained.report),
         }
-        tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
+        weights = {name for name, _ in self.named_parameters()}
+        tensors = {
+            name: t.detach().cpu().to(dtype if name in weights else torch.float32).contiguous()
+            for name, t in self.state_dict().items()
+        }
         with atomic_write(path) as temporary:
             save_file(tensors, temporary, {"format": FORMAT, "moments": json.dumps(described)})
 

@@ -128,7 +128,7 @@ def test_compiled_path(tiny_preset: None, monkeypatch: pytest.MonkeyPatch) -> No
     labels_B, noise = torch.tensor([1, 4]), compiled.draw(2)
     truth = sample_latents(weights.model, labels_B, plan, noise, backend="reference")
     assert relative(compiled.run(labels_B, noise), truth) < 1e-4
-    with pytest.raises(ValueError, match="knows no masks"):
+    with pytest.raises(ValueError, match="knows the published sampler"):
         FARSubject(weights, "compile", torch.float32, weights.official("mask"))
 
 

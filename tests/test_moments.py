@@ -248,6 +248,19 @@ def test_every_level_in_one_call_has_no_denoising_loop(
     assert torch.equal(one, other) and one.std() > 0.01
 
 
+def test_weights_may_be_stored_in_half(pipe: FARPipeline, tmp_path: Path) -> None:
+    head = tiny_head(pipe)
+    for name, dtype in (("full", torch.float32), ("half", torch.bfloat16)):
+        head.save(tmp_path / name, dtype)
+    full, half = (MomentHead.load(tmp_path / name) for name in ("full", "half"))
+    assert {p.dtype for p in half.parameters()} == {torch.float32}
+    assert torch.equal(half.variance_KP, head.variance_KP)
+    weight = head.condition.weight
+    assert torch.equal(full.condition.weight, weight)
+    assert torch.equal(half.condition.weight, weight.to(torch.bfloat16).float())
+    assert (tmp_path / "half").stat().st_size < (tmp_path / "full").stat().st_size
+
+
 def test_a_graph_is_of_one_moment_head(pipe: FARPipeline) -> None:
     plan = fast(pipe.plan, MOMENTS)
     heads = [tiny_head(pipe), tiny_head(pipe), None]

@@ -244,7 +244,7 @@ def _named_plan(selector: str, weights: far.Weights, name: str) -> SamplingPlan:
         if base.startswith("T=") and all(t.isdecimal() and 1 <= int(t) <= 1000 for t in ends):
             plan = weights.plan if weights.plan is not None and not masked else None
             plan = plan or weights.official(kind)
-            return plan.with_changes(diffusion_steps=ramp(*map(int, ends), len(plan)))
+            return plan.with_changes(diffusion_steps=ramp(int(ends[0]), int(ends[1]), len(plan)))
     raise ValueError(
         f"{selector!r}: plan {name!r} is not known; allowed: official, paper, fast, T=1 to T=1000, "
         "T=40..100 and the like, each also with -mask, and fast-moments where the checkpoint has a "

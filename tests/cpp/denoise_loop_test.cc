@@ -282,8 +282,7 @@ void run_case(const Sizes& s, int32_t dtype) {
           const double mixed = at(5) + fraction * (at(6) - at(5));
           const double deviation =
               c[8] != 0.0F ? std::sqrt(std::fmax(mixed, 0.0)) : std::exp(0.5 * mixed);
-          next +=
-              at(7) * deviation * static_cast<double>(noise[(t * s.rows + n) * s.channels + p]);
+          next += at(7) * deviation * static_cast<double>(noise[(t * s.rows + n) * s.channels + p]);
         }
         previous[u] = x0;
         x[u] = next;
