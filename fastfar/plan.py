@@ -214,13 +214,10 @@ class SamplingPlan:
         cls,
         base: str | SamplingPlan = "nomask",
         guidance_scale: float | None = None,
-        moments: bool = False,
     ) -> SamplingPlan:
         """`base` (a plan, or a mode of `official`) with few head calls; approximate.
 
-        Six steps of SDE-DPM-Solver++(2M), even in log-SNR from t = 900, at every outer step. With
-        moments the low-passed outer steps, all but the last, take one call of a moment head
-        (`fastfar.moments`) instead, and the last one eight steps.
+        Six steps of SDE-DPM-Solver++(2M), even in log-SNR from t = 900, at every outer step.
 
         Raises:
             ValueError: an unknown mode.
@@ -228,12 +225,7 @@ class SamplingPlan:
         Source: benchmarks/FEWSTEP.md: measured on the demo model, on nothing else.
         """
         plan = cls.official(base) if isinstance(base, str) else base
-        plan = plan.with_changes(guidance_scale=guidance_scale)
-        if not moments:
-            return plan.with_changes(diffusion_steps=6, solvers=_FAST)
-        before = len(plan) - 1
-        solvers = (Solver(method="moments"),) * before + (_FAST,)
-        return plan.with_changes(diffusion_steps=(1,) * before + (8,), solvers=solvers)
+        return plan.with_changes(guidance_scale=guidance_scale, diffusion_steps=6, solvers=_FAST)
 
     def with_changes(
         self,

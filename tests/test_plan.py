@@ -182,8 +182,5 @@ def test_fast_presets() -> None:
     assert all(getattr(fast, name) == getattr(own, name) for name in kept)
     assert SamplingPlan.fast(own, guidance_scale=4.0).guidance_scale == 4.0
     assert SamplingPlan.fast("mask").levels == own.levels
-    head = SamplingPlan.fast(own, moments=True)
-    assert head.diffusion_steps == (1,) * (len(own) - 1) + (8,)
-    assert [solver.needs_moments for solver in head.solvers[:-1]] == [True] * (len(own) - 1)
     with pytest.raises(ValueError, match="mode must be one of"):
         SamplingPlan.fast("quick")

@@ -31,13 +31,12 @@ def plan_mode(plan: SamplingPlan) -> str:
 def plan_name(plan: SamplingPlan) -> str:
     """Of the published T "official", of the paper's "paper", else "T=8"; with masks "-mask".
 
-    Presets are "fast" and "fast-moments"; other samplers carry their names and calls.
+    The preset is "fast"; other samplers than the published one carry their names and calls.
     """
     kind = "nomask" if plan.mask_ratios is None else "mask"
     steps = plan.diffusion_steps
-    presets = {"fast": plan.fast(plan), "fast-moments": plan.fast(plan, moments=True)}
-    if plan in presets.values():
-        name = next(name for name, preset in presets.items() if preset == plan)
+    if plan == SamplingPlan.fast(plan):
+        name = "fast"
     elif plan.is_approximate:
         methods = "+".join(dict.fromkeys(_solver_name(solver) for solver in plan.solvers))
         name = f"{methods}-{plan.head_calls}-calls"

@@ -231,8 +231,6 @@ def _plan(weights: far.Weights, choice: Choice) -> SamplingPlan:
 def _named_plan(selector: str, weights: far.Weights, name: str) -> SamplingPlan:
     base, _, masked = name.partition("-")
     kind = "mask" if masked == "mask" else "nomask"
-    if name == "fast-moments" and weights.moments is not None:
-        return SamplingPlan.fast(weights.plan or weights.official(), moments=True)
     if masked in ("", "mask"):
         if base in ("official", "paper"):
             return weights.official(kind, base == "paper")
@@ -247,8 +245,7 @@ def _named_plan(selector: str, weights: far.Weights, name: str) -> SamplingPlan:
             return plan.with_changes(diffusion_steps=ramp(int(ends[0]), int(ends[1]), len(plan)))
     raise ValueError(
         f"{selector!r}: plan {name!r} is not known; allowed: official, paper, fast, T=1 to T=1000, "
-        "T=40..100 and the like, each also with -mask, and fast-moments where the checkpoint has a "
-        "moment head"
+        "T=40..100 and the like, each also with -mask"
     )
 
 

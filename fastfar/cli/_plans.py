@@ -8,12 +8,10 @@ if TYPE_CHECKING:
     from fastfar.pipeline import FARPipeline
     from fastfar.plan import SamplingPlan
 
-PLANS = (
-    "official-nomask", "official-mask", "paper-nomask", "paper-mask", "fast", "fast-moments",
-)  # fmt: skip
+PLANS = ("official-nomask", "official-mask", "paper-nomask", "paper-mask", "fast")
 HELP = (
-    "a published schedule instead of the checkpoint's own, or the checkpoint's with few head calls "
-    "(fast; fast-moments with its moment head): approximate"
+    "a published schedule instead of the checkpoint's own; fast is the checkpoint's own with few "
+    "head calls: approximate"
 )
 
 
@@ -22,8 +20,8 @@ def plan_named(name: str | None, pipe: FARPipeline) -> SamplingPlan:
     if name is None:
         return pipe.plan
     plan_class = type(pipe.plan)
-    if name in ("fast", "fast-moments"):
-        return plan_class.fast(pipe.plan, moments=name == "fast-moments")
+    if name == "fast":
+        return plan_class.fast(pipe.plan)
     rule, mode = name.split("-")
     plan = plan_class.paper(mode) if rule == "paper" else plan_class.official(mode)
     return plan.with_changes(x0_range=pipe.plan.x0_range)

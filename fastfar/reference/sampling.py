@@ -34,7 +34,7 @@ class Plan(Protocol):
     @property
     def mask_ratios(self) -> Sequence[float] | None: ...
     @property
-    def solvers(self) -> Sequence[Solver]: ...
+    def solvers(self) -> Sequence[Solver | None]: ...
     @property
     def x0_range(self) -> tuple[float, float] | None: ...
 
@@ -115,7 +115,8 @@ def sample_latents(
             if moments is not None:
                 z_c_ND, z_u_ND = z_MD.chunk(2)
                 predicted = moments(z_c_ND, z_c_ND if scale == 1.0 else z_u_ND, level, scale)
-            if solver.method == "moments" and predicted is not None:
+            drawn = solver is not None and solver.method == "moments"
+            if drawn and predicted is not None:
                 x_NP = _drawn(predicted, initial_NP, plan.temperatures[step], plan.x0_range)
             else:
                 x_NP = denoise_loop(

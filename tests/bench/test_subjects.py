@@ -73,7 +73,6 @@ def test_plans_have_names() -> None:
     assert plan_name(SamplingPlan.official(diffusion_steps=7)) == "T=7"
     assert plan_name(SamplingPlan.paper(diffusion_steps=(2, 5))) == "T=2..5"
     assert plan_name(SamplingPlan.fast("mask")) == "fast-mask"
-    assert plan_name(SamplingPlan.fast(moments=True)) == "fast-moments"
     few = SamplingPlan.official(diffusion_steps=4).with_changes(solvers=Solver(method="ddim"))
     assert plan_name(few) == "ddim-40-calls"
 
