@@ -98,7 +98,8 @@ def with_quality(rows: Iterable[Row], evaluations: Iterable[Mapping[str, Any]]) 
     figures: dict[str, dict[str, float]] = {}
     for line in evaluations:
         about, samples = line.get("run") or {}, None
-        if line.get("kind") == "images" and line.get("place") == "0":
+        images = line.get("kind") == "images" and not line.get("correlation")
+        if images and line.get("place") == "0":
             about, samples = line, line["outcome"]
         else:
             found = (each for each in line.get("rows", ()) if each["kind"] == "samples")

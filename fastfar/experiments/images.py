@@ -138,6 +138,7 @@ class Images:
             "head_calls": candidate.plan.head_calls,
             "samples": self.setting.samples,
             "checkpoint": self.setting.checkpoint,
+            "correlation": candidate.correlation,
             "plan": candidate.plan.to_dict(),
         }
 
