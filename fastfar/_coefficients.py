@@ -14,7 +14,7 @@ from torch import Tensor
 from fastfar.diffusion import DiffusionTables, cosine_alpha_bar
 
 # f exceeds 1 between the modes of a posterior; a network that says much more is wrong.
-_MAX_FRACTION = 1.2
+MAX_FRACTION = 1.2
 
 # Where spacing "log_snr" begins unless told otherwise: DPM-Solvers for cosine schedules cut there.
 MIN_LOG_SNR = -5.1
@@ -27,11 +27,15 @@ def even_in_time(first: int, steps: int, num_timesteps: int) -> list[int]:
     return [round(first * (steps - 1 - i) / (steps - 1)) for i in range(steps)]
 
 
+def _log_snr(num_timesteps: int) -> Tensor:
+    """(num_timesteps,) lambda = ln(a / s)."""
+    alpha_bar = cosine_alpha_bar(num_timesteps)
+    return (alpha_bar / (1.0 - alpha_bar)).log() / 2.0
+
+
 def noisiest_log_snr(num_timesteps: int) -> int:
     """The last timestep before lambda, which ends near -10, runs away."""
-    alpha_bar = cosine_alpha_bar(num_timesteps)
-    log_snr = (alpha_bar / (1.0 - alpha_bar)).log() / 2.0
-    return int((log_snr >= MIN_LOG_SNR).sum()) - 1
+    return int((_log_snr(num_timesteps) >= MIN_LOG_SNR).sum()) - 1
 
 
 def even_in_log_snr(first: int, steps: int, num_timesteps: int) -> list[int]:
@@ -40,8 +44,7 @@ def even_in_log_snr(first: int, steps: int, num_timesteps: int) -> list[int]:
     The last one stops a part before 0: from there it is one jump to the clean token. ValueError
     where so many do not fit.
     """
-    alpha_bar = cosine_alpha_bar(num_timesteps)
-    log_snr = (alpha_bar / (1.0 - alpha_bar)).log() / 2.0
+    log_snr = _log_snr(num_timesteps)
     parts = torch.arange(steps, dtype=torch.float64) / steps
     wanted = log_snr[first] + parts * (log_snr[0] - log_snr[first])
     chosen: list[int] = (log_snr[:, None] - wanted).abs().argmin(dim=0).tolist()
@@ -55,20 +58,18 @@ def even_in_log_snr(first: int, steps: int, num_timesteps: int) -> list[int]:
     return chosen
 
 
+def _known_deviation(one: Tensor) -> dict[str, Tensor]:
+    """Columns of noise whose deviation is known beforehand, and no look at the x0 before."""
+    zero = torch.zeros_like(one)
+    bounds = {"fraction_min": one * -math.inf, "fraction_max": one * math.inf}
+    return {"x0_previous": zero, "low": zero, "high": zero, "noise": one, "linear": zero, **bounds}
+
+
 def ancestral_columns(tables: DiffusionTables, variance: str) -> dict[str, Tensor]:
     """Of method "ddpm"; variance: see `Solver`."""
     zero, one = torch.zeros_like(tables.recip), torch.ones_like(tables.recip)
-    columns = {
-        "x": tables.mean_xt.flip(0),
-        "x0": tables.mean_x0.flip(0),
-        "x0_previous": zero,
-        "low": zero,
-        "high": zero,
-        "noise": one.clone(),
-        "linear": zero,
-        "fraction_min": one * -math.inf,
-        "fraction_max": one * math.inf,
-    }
+    columns = _known_deviation(one)
+    columns |= {"x": tables.mean_xt.flip(0), "x0": tables.mean_x0.flip(0)}
     if variance in ("log", "clamped_log"):
         columns |= {"low": tables.log_posterior.flip(0), "high": tables.log_beta.flip(0)}
     if variance == "clamped_log":
@@ -76,7 +77,7 @@ def ancestral_columns(tables: DiffusionTables, variance: str) -> dict[str, Tenso
     if variance == "linear":
         columns |= {"low": tables.log_posterior.exp().flip(0), "linear": one}
         columns |= {"high": tables.log_beta.exp().flip(0)}
-        columns |= {"fraction_min": zero, "fraction_max": one * _MAX_FRACTION}
+        columns |= {"fraction_min": zero, "fraction_max": one * MAX_FRACTION}
     return columns
 
 
@@ -94,16 +95,10 @@ def dpm_solver_columns(
         if second:
             weight[i] = h[i] / (2.0 * h[i - 1])
     x0 = a_next * (1.0 - decay)
-    zero, one = torch.zeros_like(h), torch.ones_like(h)
-    noise = s_next * (1.0 - decay).sqrt() if stochastic else zero.clone()
     return {
-        "x": s_next / s * (ratio if stochastic else one),
+        **_known_deviation(torch.ones_like(h)),
+        "x": s_next / s * ratio if stochastic else s_next / s,
         "x0": x0 * (1.0 + weight),
         "x0_previous": -x0 * weight,
-        "low": zero,
-        "high": zero,
-        "noise": noise,
-        "linear": zero,
-        "fraction_min": one * -math.inf,
-        "fraction_max": one * math.inf,
+        "noise": s_next * (1.0 - decay).sqrt() if stochastic else torch.zeros_like(h),
     }

@@ -8,7 +8,7 @@ look-up as one op that it does not look into.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import ParamSpec
 
@@ -51,6 +51,11 @@ def real_tensors() -> Iterator[None]:
     """
     with torch.inference_mode(False), unset_fake_temporarily():
         yield
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> tuple[int, ...]:
+    """Changes when a tensor is replaced or written to; made in inference mode, when replaced."""
+    return tuple(x.data_ptr() + (0 if x.is_inference() else x._version) for x in tensors)
 
 
 def finish(device: torch.device) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastfar import backend as backends
 from fastfar import graphs
+from fastfar._tables import fingerprint
 from fastfar._weights import skeleton
 from fastfar.ops import use_backend
 from fastfar.ops._convolution import can_pack, pack_convolution
@@ -83,7 +84,7 @@ def _graph_of(vae: KLVAE, latents_BCHW: Tensor) -> graphs.Graphed:
         latents_BCHW.shape,
         latents_BCHW.dtype,
         latents_BCHW.device,
-        graphs.fingerprint(vae.parameters()),
+        fingerprint(vae.parameters()),
     )
     with _capturing:
         kept = _graphs.get(vae)
@@ -114,14 +115,14 @@ def _prepared(vae: KLVAE, backend: str, dtype: torch.dtype) -> KLVAE:
         fit = fit and all(map(_is_channels_last, weights.values()))
     if fit and not native:
         return vae
-    fingerprint = graphs.fingerprint(weights.values())
+    held = fingerprint(weights.values())
     with _copying:
         kept = _copies.get(vae)
-        if kept is not None and kept[:3] == (native, dtype, fingerprint):
+        if kept is not None and kept[:3] == (native, dtype, held):
             return kept[3]
         _copies.pop(vae, None)  # free the old copy before the new one is made
         copied = _decoder_only(vae, weights, dtype, native)
-        _copies[vae] = (native, dtype, fingerprint, copied)
+        _copies[vae] = (native, dtype, held, copied)
         return copied
 
 

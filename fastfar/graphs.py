@@ -15,7 +15,7 @@ import threading
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from fastfar import backend
+from fastfar._tables import fingerprint
 from fastfar.model import FAR
 from fastfar.noise import NoiseSource, draws
 from fastfar.outer_step import Inputs, OuterStep
@@ -55,11 +56,6 @@ def disabled() -> Iterator[None]:
 def wanted(device: torch.device) -> bool:
     """Whether sampling on `device` uses graphs."""
     return device.type == "cuda" and _enabled.get()
-
-
-def fingerprint(tensors: Iterable[Tensor]) -> tuple[int, ...]:
-    """Changes when a tensor is replaced or written to; made in inference mode, when replaced."""
-    return tuple(x.data_ptr() + (0 if x.is_inference() else x._version) for x in tensors)
 
 
 def refuse_inside_capture(device: torch.device) -> None:

@@ -36,7 +36,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastfar._files import atomic_write
-from fastfar._tables import finish
+from fastfar._tables import fingerprint, finish
 from fastfar.config import FARConfig
 from fastfar.ops import layernorm_linear, layernorm_mlp_residual, linear
 from fastfar.packing import packed
@@ -368,9 +368,7 @@ def prepared_moments(
     head: MomentHead, backend: str, dtype: torch.dtype, device: torch.device
 ) -> MomentHead:
     """`head.prepared`, kept until the head is gone, its weights change or another is asked for."""
-    weights = tuple(head.state_dict().values())
-    versions = tuple(0 if x.is_inference() else x._version for x in weights)
-    made_for = (backend, dtype, device, tuple(x.data_ptr() for x in weights), versions)
+    made_for = (backend, dtype, device, fingerprint(head.state_dict().values()))
     with _copying:
         kept = _copies.get(head)
         if kept is None or kept[0] != made_for:

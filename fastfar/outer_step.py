@@ -22,6 +22,7 @@ from fastfar.plan import SamplingPlan
 from fastfar.prepared import PreparedFAR
 from fastfar.profiling import annotate
 from fastfar.rows import Rows, seen_rows
+from fastfar.solver import Moments
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,15 @@ class Inputs:
     classes_C: Tensor
     class_of_B: Tensor
     order_BL: Tensor | None
+
+    @classmethod
+    def of(
+        cls, labels_B: Tensor, order_BL: Tensor | None, device: torch.device | str = "cpu"
+    ) -> Inputs:
+        """Each class once. labels_B: (B,) int64."""
+        classes_C, class_of_B = torch.unique(labels_B, return_inverse=True)
+        order_BL = None if order_BL is None else order_BL.to(device)
+        return cls(classes_C.to(device), class_of_B.to(device), order_BL)
 
 
 @dataclass(frozen=True)
@@ -100,7 +110,7 @@ class OuterStep:
                 z_MD = z_MD.reshape(-1, len(every_NP), z_MD.shape[-1])[:, rows_M].flatten(0, 1)
                 initial_NP, noise_TNP = initial_NP[rows_M], noise_TNP[:, rows_M]
             with annotate("level", plan.levels[k]), annotate("head"):
-                x_NP = self._tokens(k, z_MD, initial_NP, noise_TNP)
+                x_NP = self.tokens(k, z_MD, initial_NP, noise_TNP)
             if rows_M is not None:
                 x_NP = every_NP.index_copy(0, rows_M, x_NP)
             x_BLP = x_NP.view(-1, config.num_tokens, config.token_dim)
@@ -115,15 +125,26 @@ class OuterStep:
             return self._first_condition(inputs)
         return self._condition(k, inputs, latent_BCHH)
 
-    def _tokens(self, k: int, z_MD: Tensor, initial_NP: Tensor, noise_TNP: Tensor) -> Tensor:
-        """(N, P) tokens given their conditions, by the solver of step k."""
-        plan, solver, moments = self.plan, self.plan.solvers[k], None
+    def tokens(
+        self,
+        k: int,
+        z_MD: Tensor,
+        initial_NP: Tensor,
+        noise_TNP: Tensor,
+        moments: Moments | None = None,
+    ) -> Tensor:
+        """(N, P) tokens given their conditions, by the solver of step k.
+
+        moments: of the tokens, for a solver that asks for them; None: those of the moment head.
+        """
+        plan, solver = self.plan, self.plan.solvers[k]
         temperature = plan.temperatures[k]
-        if solver.needs_moments:
+        if solver.needs_moments and moments is None:
             assert self.moments is not None, "sample_latents has checked that there is one"
             moments = self.moments(z_MD, plan.levels[k], plan.guidance_scales[k])
-            if solver.method == "moments":
-                return drawn(moments, initial_NP, temperature, plan.x0_range)
+        if solver.method == "moments":
+            assert moments is not None
+            return drawn(moments, initial_NP, temperature, plan.x0_range)
         return denoise_loop(
             self.head,
             z_MD,

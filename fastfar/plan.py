@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastfar.solver import PUBLISHED, Solver
+from fastfar.solver import PUBLISHED, Solver, require
 
 _LEVELS = {
     "nomask": (0, 2, 3, 4, 5, 6, 7, 8, 9, 10),
@@ -18,11 +18,6 @@ _LEVELS = {
 
 # At t = 900 an error of eps is 6 times as large in x0; at 980 it would be 34 times.
 _FAST = Solver(method="sde_dpmpp_2m", spacing="log_snr", first_timestep=900)
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
 
 
 @dataclass(frozen=True)
@@ -71,19 +66,19 @@ class SamplingPlan:
                 object.__setattr__(self, field.name, tuple(value))
         self._check_lengths()
         self._check_levels()
-        _require(
+        require(
             math.isfinite(self.guidance_scale) and self.guidance_scale >= 0,
             f"guidance_scale must be finite and at least 0, got {self.guidance_scale}",
         )
         for factor in self.guidance_ramp:
-            _require(0 <= factor <= 1, f"guidance_ramp must lie in [0, 1], got {factor}")
+            require(0 <= factor <= 1, f"guidance_ramp must lie in [0, 1], got {factor}")
         for value in self.temperatures:
-            _require(
+            require(
                 math.isfinite(value) and value >= 0,
                 f"temperatures must be finite and at least 0, got {value}",
             )
         for steps in self.diffusion_steps:
-            _require(
+            require(
                 isinstance(steps, int) and 1 <= steps <= 1000,
                 f"diffusion_steps must be whole numbers in 1..1000, got {steps}",
             )
@@ -92,34 +87,34 @@ class SamplingPlan:
         self._check_mask()
         if self.x0_range is not None:
             low, high = self.x0_range
-            _require(
+            require(
                 math.isfinite(low) and math.isfinite(high) and low < high,
                 f"x0_range must be (low, high) with low < high, got {self.x0_range}",
             )
 
     def _check_lengths(self) -> None:
         steps = len(self.levels)
-        _require(steps >= 1, "a plan needs at least one level")
+        require(steps >= 1, "a plan needs at least one level")
         for name in ("input_levels", "guidance_ramp", "temperatures", "diffusion_steps", "solvers"):
             given = len(getattr(self, name))
-            _require(given == steps, f"{name} has {given} entries, levels has {steps}")
+            require(given == steps, f"{name} has {given} entries, levels has {steps}")
 
     def _check_levels(self) -> None:
         for level in self.levels:
-            _require(
+            require(
                 isinstance(level, int) and level >= 0,
                 f"levels must be whole numbers from 0 upwards, got {level!r}",
             )
         for given in self.input_levels:
-            _require(
+            require(
                 given is None or (isinstance(given, int) and given >= 0),
                 f"input_levels must be whole numbers from 0 upwards or None, got {given!r}",
             )
-        _require(self.levels[0] == 0, f"the first level must be 0, got {self.levels[0]}")
+        require(self.levels[0] == 0, f"the first level must be 0, got {self.levels[0]}")
         # A masked run may look at sharp levels while few tokens are visible (the published
         # schedule starts 0, 12, 12, 4, 5, ...), so order is only asked of unmasked runs.
         if self.mask_ratios is None:
-            _require(
+            require(
                 all(a < b for a, b in zip(self.levels, self.levels[1:], strict=False)),
                 f"levels must rise from step to step, got {self.levels}; "
                 "put them in ascending order or give mask_ratios",
@@ -128,13 +123,13 @@ class SamplingPlan:
     def _check_mask(self) -> None:
         if self.mask_ratios is None:
             return
-        _require(
+        require(
             len(self.mask_ratios) == len(self.levels),
             f"mask_ratios has {len(self.mask_ratios)} entries, levels has {len(self.levels)}",
         )
-        _require(self.mask_ratios[0] == 1.0, "the first mask ratio must be 1: nothing is known yet")
+        require(self.mask_ratios[0] == 1.0, "the first mask ratio must be 1: nothing is known yet")
         for before, after in zip(self.mask_ratios, self.mask_ratios[1:], strict=False):
-            _require(
+            require(
                 0.0 <= after <= before,
                 f"mask_ratios must lie in [0, 1] and never rise, got {self.mask_ratios}",
             )
@@ -166,7 +161,7 @@ class SamplingPlan:
     def check_fits(self, num_levels: int) -> None:
         """ValueError if a level lies beyond the model's `num_levels`."""
         used = [*self.levels, *(level for level in self.input_levels if level is not None)]
-        _require(
+        require(
             max(used) <= num_levels and min(used) >= 0,
             f"the plan uses levels {sorted(set(used))}, the model has levels 0..{num_levels}",
         )
@@ -181,7 +176,7 @@ class SamplingPlan:
         0.8 + 0.2 (1 - cos(pi/2 (k + 1) / n)) ("mask": 0.85 + 0.15 k / n); T is the same at every
         step. "mask" does not filter the result of step 0.
         """
-        _require(mode in _LEVELS, f"mode must be one of {sorted(_LEVELS)}, got {mode!r}")
+        require(mode in _LEVELS, f"mode must be one of {sorted(_LEVELS)}, got {mode!r}")
         levels = _LEVELS[mode]
         n = len(levels)
         ramp = [(1.0 - math.cos(math.pi / 2 * (k + 1) / n)) for k in range(n)]

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fastfar import backend as backends
 from fastfar import graphs, reference
-from fastfar._tables import finish
-from fastfar.graphs import OnLevel, fingerprint
+from fastfar._tables import fingerprint, finish
+from fastfar.graphs import OnLevel
 from fastfar.model import FAR
 from fastfar.moments import MomentHead, prepared_moments
 from fastfar.noise import CheckedNoise, NoiseSource, draws, seeded_noise
@@ -87,11 +87,7 @@ def sample_latents(
         raise ValueError(f"dtype must be one of {DTYPES}, got {dtype}")
     device = _device(model)
     graphs.refuse_inside_capture(device)
-    name = backends.resolve(backend, device, dtype, native_reason(model.config))
-    if isinstance(model, PreparedFAR):
-        dtype = _check_prepared(model, name, dtype)
-    elif dtype is None:
-        dtype = backends.best_dtype(name, device)
+    name, dtype = _chosen(model, backend, dtype)
     shape = (len(labels_B), model.config.num_tokens, model.config.token_dim)
     noise = seeded_noise(generator, *shape) if noise is None else CheckedNoise(noise, *shape)
     # The compute dtype is `dtype`, whatever autocast would do around this call.
@@ -122,13 +118,9 @@ def outer_steps(
     loop is one piece.
     """
     device = _device(model)
-    name = backends.resolve(backend, device, dtype, native_reason(model.config))
+    name, dtype = _chosen(model, backend, dtype)
     if name == "reference":
         raise ValueError("backend 'reference' has no outer steps of its own; use 'torch'")
-    if isinstance(model, PreparedFAR):
-        dtype = _check_prepared(model, name, dtype)
-    elif dtype is None:
-        dtype = backends.best_dtype(name, device)
     with torch.inference_mode(), torch.autocast(device.type, enabled=False), use_backend(name):
         yield OuterStep(*_prepared(model, name, dtype), plan, dtype, "all")
 
@@ -155,9 +147,8 @@ def _sample(
 ) -> Tensor:
     """The outer steps one after the other, each with noise that is drawn when it is needed."""
     plan, batch, device = step.plan, len(labels_B), _device(step.model)
-    classes_C, class_of_B = torch.unique(labels_B, return_inverse=True)
-    order_BL = noise.order().to(device) if plan.mask_ratios is not None else None
-    inputs = Inputs(classes_C.to(device), class_of_B.to(device), order_BL)
+    order_BL = None if plan.mask_ratios is None else noise.order()
+    inputs = Inputs.of(labels_B, order_BL, device)
     dtype = step.state_dtype
     latent_BCHH = torch.zeros(step.latent_shape(batch), dtype=dtype, device=device)
     for k, (initial_NP, noise_TNP) in enumerate(draws(noise, plan.diffusion_steps)):
@@ -210,6 +201,15 @@ def _check_moments(
 
 def _device(model: FAR) -> torch.device:
     return model.fake_latent.device
+
+
+def _chosen(model: FAR, backend: str, dtype: torch.dtype | None) -> tuple[str, torch.dtype]:
+    """The back end and compute dtype that the user's choice means for this model."""
+    device = _device(model)
+    name = backends.resolve(backend, device, dtype, native_reason(model.config))
+    if isinstance(model, PreparedFAR):
+        return name, _check_prepared(model, name, dtype)
+    return name, backends.best_dtype(name, device) if dtype is None else dtype
 
 
 def _check_prepared(model: PreparedFAR, name: str, dtype: torch.dtype | None) -> torch.dtype:

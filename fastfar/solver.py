@@ -73,7 +73,8 @@ COLUMNS = (
 _DETERMINISTIC = ("ddim", "dpmpp_2m")
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """ValueError with `message` unless `condition` holds."""
     if not condition:
         raise ValueError(message)
 
@@ -117,25 +118,25 @@ class Solver:
         choices = {"method": METHODS, "variance": VARIANCES, "spacing": SPACINGS, "start": STARTS}
         for name, allowed in choices.items():
             value = getattr(self, name)
-            _require(value in allowed, f"{name} must be one of {allowed}, got {value!r}")
-        _require(
+            require(value in allowed, f"{name} must be one of {allowed}, got {value!r}")
+        require(
             self.variance == "log" or self.method == "ddpm",
             f"variance={self.variance!r} belongs to method 'ddpm'; {self.method!r} has its own",
         )
         self._check_timesteps()
         if self.guidance_range is not None:
             range_ = self.guidance_range
-            _require(
+            require(
                 len(range_) == 2 and 0 <= range_[0] <= range_[1],
                 f"guidance_range must be (low, high) with 0 <= low <= high, got {range_}",
             )
-        _require(
+        require(
             (self.variance_table is not None) == (self.variance == "table"),
             "variance='table' and variance_table go together; "
             "fastfar.evaluation.variance.optimal_variance measures one",
         )
         for row in self.variance_table or ():
-            _require(
+            require(
                 len(row) > 0 and all(math.isfinite(f) and f >= 0 for f in row),
                 f"variance_table must hold finite numbers from 0 upwards, got a row {row}",
             )
@@ -143,18 +144,18 @@ class Solver:
     def _check_timesteps(self) -> None:
         if self.timesteps is None:
             first = self.first_timestep
-            _require(
+            require(
                 first is None or (isinstance(first, int) and first >= 0),
                 f"first_timestep must be a whole number from 0 upwards, got {first!r}",
             )
             return
-        _require(
+        require(
             self.first_timestep is None and self.spacing == "time",
             "timesteps are given one by one: leave first_timestep and spacing out",
         )
         whole = all(isinstance(t, int) and t >= 0 for t in self.timesteps)
         falling = all(a > b for a, b in zip(self.timesteps, self.timesteps[1:], strict=False))
-        _require(
+        require(
             len(self.timesteps) > 0 and whole and falling,
             f"timesteps must be whole numbers from 0 upwards, strictly descending, got "
             f"{self.timesteps}",
@@ -168,19 +169,19 @@ class Solver:
     def check(self, steps: int) -> None:
         """ValueError where it cannot take `steps` steps."""
         if self.timesteps is not None:
-            _require(
+            require(
                 steps == len(self.timesteps),
                 f"{len(self.timesteps)} timesteps are given for {steps} diffusion steps",
             )
         if self.variance_table is not None:
-            _require(
+            require(
                 steps == len(self.variance_table),
                 f"variance_table has {len(self.variance_table)} rows for {steps} diffusion steps",
             )
         if self.method == "moments":
-            _require(steps == 1, f"method 'moments' is one call of its head, got {steps} steps")
+            require(steps == 1, f"method 'moments' is one call of its head, got {steps} steps")
         if self.first_timestep is not None:
-            _require(
+            require(
                 steps <= self.first_timestep + 1,
                 f"{steps} diffusion steps do not fit below timestep {self.first_timestep}",
             )
@@ -252,7 +253,7 @@ def schedule(
 ) -> Schedule:
     """The steps of `solver`. ValueError where it cannot take so many of them."""
     solver.check(steps)
-    _require(
+    require(
         solver.method != "moments",
         "method 'moments' has no diffusion steps: sample_latents draws such a level itself",
     )
@@ -296,7 +297,7 @@ def _tables(solver: Solver, steps: int, num_timesteps: int) -> DiffusionTables:
 
 
 def _check_range(timestep: int, num_timesteps: int) -> None:
-    _require(
+    require(
         timestep < num_timesteps,
         f"timestep {timestep} lies beyond the model's 0..{num_timesteps - 1}",
     )
@@ -353,7 +354,7 @@ def shaped(
         initial_NP = temperature * initial_NP
     if solver.variance == "table":
         deviation_T1P = _noise_table(solver, steps, noise_TNP.device, noise_TNP.dtype)
-        _require(
+        require(
             deviation_T1P.shape[-1] in (1, noise_TNP.shape[-1]),
             f"variance_table has {deviation_T1P.shape[-1]} numbers a row, tokens have "
             f"{noise_TNP.shape[-1]}",

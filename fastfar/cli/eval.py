@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 import time
@@ -34,7 +33,7 @@ from fastfar.evaluation import (
 )
 from fastfar.evaluation.classifier import LEARNING_RATE, MAX_SHIFT, WEIGHT_DECAY
 from fastfar.evaluation.evaluate import NEIGHBOURS
-from fastfar.evaluation.samples import check_seed, weights_fingerprint
+from fastfar.evaluation.samples import check_seed, digest, weights_fingerprint
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -157,8 +156,7 @@ def _draw(args: argparse.Namespace) -> tuple[Tensor, Tensor, dict[str, Any]] | N
         "backend": args.backend,
         "fastfar": __version__,
     }
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    folder = args.work or Path.home() / ".cache" / "fastfar" / "eval" / digest
+    folder = args.work or Path.home() / ".cache" / "fastfar" / "eval" / digest(identity)
     store = SampleStore(folder, identity)
     print(f"samples are kept in {folder}", file=sys.stderr)
     start = time.perf_counter()

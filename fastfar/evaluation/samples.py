@@ -226,6 +226,12 @@ def check_labels(labels: Any, count: int) -> Tensor:
     return labels_B.long()
 
 
+def digest(identity: Any) -> str:
+    """12 hexadecimal digits that stand for plain values."""
+    text = json.dumps(identity, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def weights_fingerprint(model: torch.nn.Module) -> str:
     """First 12 hexadecimal digits of a SHA-256 over the names, types, shapes and values."""
     digest = hashlib.sha256()

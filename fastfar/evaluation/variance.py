@@ -11,6 +11,7 @@ from collections.abc import MutableMapping
 import torch
 from torch import Tensor
 
+from fastfar._coefficients import MAX_FRACTION
 from fastfar.diffusion import cosine_alpha_bar
 from fastfar.levels import patchify
 from fastfar.model import FAR
@@ -21,7 +22,6 @@ from fastfar.plan import SamplingPlan
 from fastfar.sampling import check_labels, outer_steps
 from fastfar.solver import Solver, schedule
 
-MAX_FRACTION = 1.2
 Fractions = MutableMapping[tuple[int, int], tuple[float, ...]]
 
 
@@ -92,12 +92,11 @@ def optimal_variance(
 def forced_inputs(step: OuterStep, labels_B: Tensor, seed: int) -> Inputs:
     """What outer steps read where their input is given: labels, and one random order per image."""
     config = step.model.config
-    classes_C, class_of_B = torch.unique(labels_B, return_inverse=True)
     keys = [(seed, image) for image in range(len(labels_B))]
     order_BL = None
     if step.plan.mask_ratios is not None:
         order_BL = SeededNoise(keys, config.num_tokens, config.token_dim).order()
-    return Inputs(classes_C, class_of_B, order_BL)
+    return Inputs.of(labels_B, order_BL)
 
 
 def fraction(

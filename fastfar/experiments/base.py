@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fastfar.bench.rows import append
 from fastfar.evaluation.samples import weights_fingerprint
 from fastfar.pipeline import FARPipeline
 from fastfar.plan import SamplingPlan
@@ -77,6 +77,8 @@ class Setting:
         reference: folder of R's images, one folder a seed; None draws them into `work`.
         data: folder of Fashion-MNIST's files, if it is not installed.
         backend: see `fastfar.sample_latents`.
+        checkpoint: name of the pipeline's.
+        images: whether images are made and judged, which needs Fashion-MNIST; tokens do not.
         batch_size: images at a time.
         tell: is told what is being done.
     """
@@ -106,12 +108,6 @@ class Setting:
     def teacher_plan(self) -> SamplingPlan:
         """R: the pipeline's plan with the published solver at T = `teacher_steps`."""
         return self.pipeline.plan.with_changes(diffusion_steps=self.teacher_steps)
-
-
-def digest(identity: Any) -> str:
-    """12 hexadecimal digits that stand for plain values."""
-    text = json.dumps(identity, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 class Rows:
@@ -150,9 +146,7 @@ class Rows:
         same = next(iter(self.find(kind=name["kind"], place=name["place"], key=key)), None)
         said = same["outcome"] if same is not None else make()
         row = {**name, "key": key, "outcome": said}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
+        append(self.path, [row])
         self._keep(row)
         return row, True
 

@@ -228,5 +228,3 @@ def mixed_condition(setting: Setting) -> Row:
 def _rank_correlation(a_N: Tensor, b_N: Tensor) -> float:
     ranks = torch.stack([x.argsort().argsort().double() for x in (a_N, b_N)])
     return float(torch.corrcoef(ranks)[0, 1])
-
-

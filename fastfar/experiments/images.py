@@ -15,8 +15,8 @@ from fastfar.data import balanced_labels, load_fashion_mnist
 from fastfar.evaluation import METRIC, Judge, SampleStore, draw_samples, extract, load_classifier
 from fastfar.evaluation import Row as Judged
 from fastfar.evaluation.equality import POOLED, decide, fd_spread
-from fastfar.evaluation.samples import read_chunks, weights_fingerprint
-from fastfar.experiments.base import Candidate, Row, Rows, Setting, digest
+from fastfar.evaluation.samples import digest, read_chunks, weights_fingerprint
+from fastfar.experiments.base import Candidate, Row, Rows, Setting
 from fastfar.experiments.noise import WithCorrelation
 
 R = "R"

@@ -6,8 +6,9 @@ from functools import partial
 
 import torch
 
+from fastfar.evaluation.samples import digest
 from fastfar.evaluation.tokens import token_report
-from fastfar.experiments.base import Candidate, Part, Row, Rows, Setting, digest
+from fastfar.experiments.base import Candidate, Part, Row, Rows, Setting
 from fastfar.experiments.images import Images
 from fastfar.experiments.teacher import Teacher, swapped
 
@@ -23,8 +24,7 @@ def run_part(experiment: str, part: Part, setting: Setting, rows: Rows) -> None:
     gated = []
     for candidate in part.candidates(setting):
         judged = [
-            _token_row(experiment, part, candidate, k, teacher, rows)
-            for k in candidate.token_steps
+            _token_row(experiment, part, candidate, k, teacher, rows) for k in candidate.token_steps
         ]
         if not setting.images:
             continue

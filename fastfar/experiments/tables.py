@@ -8,8 +8,9 @@ from functools import cached_property
 from torch import Tensor
 
 from fastfar._files import atomic_write
+from fastfar.evaluation.samples import digest
 from fastfar.evaluation.variance import optimal_variance
-from fastfar.experiments.base import Setting, digest
+from fastfar.experiments.base import Setting
 from fastfar.experiments.diagnostics import held_out
 from fastfar.plan import SamplingPlan
 

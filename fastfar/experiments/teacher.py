@@ -20,14 +20,14 @@ from torch import Tensor
 
 from fastfar._files import atomic_write
 from fastfar.data import balanced_labels
-from fastfar.evaluation.samples import image_generator, weights_fingerprint
-from fastfar.experiments.base import Setting, digest
+from fastfar.evaluation.samples import digest, image_generator, weights_fingerprint
+from fastfar.experiments.base import Setting
 from fastfar.noise import seeded_noise
-from fastfar.ops import denoise_loop
 from fastfar.outer_step import Inputs, OuterStep
 from fastfar.plan import SamplingPlan
 from fastfar.sampling import outer_steps
 from fastfar.solver import Moments
+from fastfar.training.moment_rows import sampled_runs
 
 FOR_MOMENTS = 32  # of the teacher's draws: they estimate moments, and are not judged against
 _ROWS = 8192  # tokens that are drawn at a time
@@ -68,37 +68,30 @@ class Teacher:
         return torch.from_numpy(self._kept("latents", self._run)).float()
 
     def _run(self) -> Tensor:
-        """(S, B, C, H, H) float16 of runs with the pipeline."""
+        """(S, B, C, H, H) float16 of its runs."""
         setting, batches = self.setting, []
         for start in range(0, self.count, setting.batch_size):
             setting.tell(f"teacher's runs: {start} of {self.count} images")
             rows = range(start, min(start + setting.batch_size, self.count))
-            kept: list[Tensor] = []
-
-            def keep(pipe: object, k: int, x: Tensor, kept: list[Tensor] = kept) -> None:
-                kept.append(x.half().clone())
-
-            setting.pipeline(
+            runs = sampled_runs(
+                setting.pipeline.model,
+                self.plan,
                 self.labels_B[list(rows)],
-                plan=self.plan,
-                generator=[image_generator(self.seed, row) for row in rows],
-                output_type="latent",
-                backend=setting.backend,
-                callback_on_level_end=keep,
+                [image_generator(self.seed, row) for row in rows],
+                setting.backend,
             )
-            batches.append(torch.stack(kept))
+            batches.append(runs.latent_SBCHH.half())
         return torch.cat(batches, dim=1)
 
     def inputs(self) -> Inputs:
         """Labels and token orders of the runs."""
-        classes_C, class_of_B = torch.unique(self.labels_B, return_inverse=True)
         config = self.setting.pipeline.model.config
         generators = [image_generator(self.seed, row) for row in range(self.count)]
         order_BL = None
         if self.plan.mask_ratios is not None:
             noise = seeded_noise(generators, self.count, config.num_tokens, config.token_dim)
             order_BL = noise.order()
-        return Inputs(classes_C, class_of_B, order_BL)
+        return Inputs.of(self.labels_B, order_BL)
 
     def whole_conditions(self, step: OuterStep, k: int) -> Tensor:
         """(G, B, L, D): z of all tokens at outer step k; G = 2 where k is guided."""
@@ -210,25 +203,9 @@ def draw_tokens(
     plan, config = step.plan, step.model.config
     shape = (z_GND.shape[1], config.token_dim)
     initial_NP = torch.randn(shape, generator=generator)
-    if plan.solvers[k].method == "moments":
-        assert moments is not None
-        noise_NP = plan.temperatures[k] * moments.variance_NP.sqrt() * initial_NP
-        x_NP = moments.mean_NP + noise_NP @ moments.basis_PP.mT
-        return x_NP if plan.x0_range is None else x_NP.clamp(*plan.x0_range)
-    result: Tensor = denoise_loop(
-        step.head,
-        z_GND.flatten(0, 1),
-        plan.levels[k],
-        initial_NP,
-        torch.randn(plan.diffusion_steps[k], *shape, generator=generator),
-        guidance_scale=plan.guidance_scales[k],
-        temperature=plan.temperatures[k],
-        x0_range=plan.x0_range,
-        num_timesteps=config.num_timesteps,
-        solver=plan.solvers[k],
-        moments=moments,
-    )
-    return result
+    steps = 0 if plan.solvers[k].method == "moments" else plan.diffusion_steps[k]
+    noise_TNP = torch.randn(steps, *shape, generator=generator)
+    return step.tokens(k, z_GND.flatten(0, 1), initial_NP, noise_TNP, moments)
 
 
 def moments_of(draws_ZNP: Tensor, temperature: float) -> Moments:

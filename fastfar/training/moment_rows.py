@@ -99,9 +99,7 @@ class MomentRows:
     ) -> MomentRows:
         """Compute the conditions of `runs` and write them with their tokens, atomically."""
         config, device = model.config, model.fake_latent.device
-        classes_C, class_of_B = torch.unique(runs.labels_B, return_inverse=True)
-        order_BL = None if runs.order_BL is None else runs.order_BL.to(device)
-        inputs = Inputs(classes_C.to(device), class_of_B.to(device), order_BL)
+        inputs = Inputs.of(runs.labels_B, runs.order_BL, device)
         rows = len(runs.labels_B) * config.num_tokens
         rows_SNE = np.empty((len(plan), rows, 2 * config.width + config.token_dim), np.float16)
         with outer_steps(model, plan, backend, dtype) as step:
