@@ -20,13 +20,20 @@ import pytest
 import torch
 from tiny_run import TINY_MODEL, tiny_data, tiny_recipe
 
-from fastfar.config import FARConfig
 from fastfar.data import ImageDataset
 from fastfar.model import FAR
 from fastfar.pipeline import FARPipeline
 from fastfar.plan import SamplingPlan
 from fastfar.tokenizer import PixelTokenizer
-from fastfar.training import EMA, Trainer, default_plan, export_model, export_run, loop
+from fastfar.training import (
+    EMA,
+    Recipe,
+    Trainer,
+    default_plan,
+    export_model,
+    export_run,
+    loop,
+)
 from fastfar.training.loop import batch_rows, pixel_tokenizer
 from fastfar.training.state import read_log, read_state
 
@@ -424,21 +431,25 @@ def test_averaged_model_and_export(tmp_path: Path) -> None:
     assert export_run(tmp_path / "run", tmp_path / "out", torch.float32) == 6
     pipe = FARPipeline.from_pretrained(tmp_path / "out")
     assert pipe.class_names == run.data.class_names and pipe.tokenizer == run.tokenizer
-    assert pipe.plan == default_plan(run.model.config, run.tokenizer)
+    assert pipe.plan == default_plan(run.recipe, run.tokenizer)
     for name, value in pipe.model.state_dict().items():
         assert torch.equal(value, run.ema.average[name]), name
-    export_model(tmp_path / "half", model, run.tokenizer, run.data.class_names)
+    export_model(tmp_path / "half", model, run.recipe, run.tokenizer, run.data.class_names)
     stored = FAR.from_pretrained(tmp_path / "half")
     assert {p.dtype for p in stored.parameters()} == {torch.bfloat16}
 
 
 def test_default_plan() -> None:
     tokenizer = PixelTokenizer(-0.5, 0.25)
-    plan = default_plan(FARConfig.preset("demo"), tokenizer)
+    plan = default_plan(Recipe(), tokenizer)
     assert plan.levels[0] == 0 and list(plan.levels[1:]) == sorted(set(plan.levels[1:]))
     assert plan.input_levels[1:] == plan.levels[1:]
     assert plan.x0_range == tokenizer.x0_range == (-2.0, 6.0)
     assert plan.mask_ratios is not None and plan.mask_ratios[0] == 1.0
     assert SamplingPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
-    few = FARConfig(num_levels=4)
-    default_plan(few, tokenizer).check_fits(few.num_levels)
+    few = Recipe(model={"num_levels": 4})
+    default_plan(few, tokenizer).check_fits(4)
+    ladder = default_plan(Recipe(levels=(0, 4, 9), mask_rule=None), tokenizer)
+    assert ladder.levels == (0, 4, 9) and ladder.mask_ratios is None
+    steps = default_plan(Recipe(target="next_level"), tokenizer)
+    assert steps.levels == tuple(range(16)) and set(steps.input_levels) == {None}

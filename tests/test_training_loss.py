@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastfar import FAR, FARConfig, TrainingDraws, diffusion_loss, reference
 from fastfar._native import NativeLibrary
+from fastfar.levels import low_pass
 from fastfar.ops import use_backend
 from fastfar.training.loss import level_weights, loss_per_image, mask_ratio, sample_draws
 
@@ -241,6 +242,32 @@ def test_levels_timesteps_noise_and_dropped_labels() -> None:
     assert len(one_level.timestep) == 4 * 9 * 64, "the batch multiplier is 4 unless told otherwise"
 
 
+def test_levels_of_a_plan_and_the_next_of_them_as_target() -> None:
+    config, levels = FARConfig.preset("demo"), (0, 3, 4, 15)
+    draws = sample_draws(
+        config, 400, batch_multiplier=1, levels=levels, target="next_level", generator=generator()
+    )
+    assert draws.target_level is not None
+    pairs = set(zip(draws.level.tolist(), draws.target_level.tolist(), strict=True))
+    assert pairs == {(0, 3), (3, 4), (4, 15), (15, 16)}
+    clean = sample_draws(config, 400, batch_multiplier=1, levels=levels, generator=generator())
+    assert clean.target_level is None and torch.equal(clean.level, draws.level)
+
+
+def test_a_target_that_is_low_passed(tiny_model: FAR) -> None:
+    """At level 0 nothing of the latent is seen, so only the target can make the difference."""
+    config = tiny_model.config
+    latents, labels, draws = batch_for(config, batch_multiplier=2)
+    model, draws = tiny_model.double(), dataclasses.replace(draws, level=torch.zeros(1).long())
+    target_level = torch.tensor([5, 9, config.num_levels])
+    wanted = diffusion_loss(
+        model, low_pass(latents, target_level, num_levels=config.num_levels), labels, draws
+    )
+    given = dataclasses.replace(draws, target_level=target_level)
+    torch.testing.assert_close(diffusion_loss(model, latents, labels, given), wanted)
+    assert abs(diffusion_loss(model, latents, labels, draws) - wanted) > 1e-4
+
+
 # --- errors ----------------------------------------------------------------------------------
 
 
@@ -259,6 +286,7 @@ def test_errors(tiny_model: FAR) -> None:
     expect(r"mask must be \(3, 9\)", mask=torch.zeros(3, 8))
     expect("1 or 3 levels, got 2", level=torch.tensor([1, 2]))
     expect(r"0\.\.16", level=torch.tensor([1, 2, 17]))
+    expect("target_level must hold 1 or 3 levels, got 2", target_level=torch.tensor([1, 2]))
     with pytest.raises(TypeError, match="integer"):
         diffusion_loss(
             tiny_model, latents, labels, dataclasses.replace(draws, level=torch.rand(3))
@@ -273,6 +301,11 @@ def test_errors(tiny_model: FAR) -> None:
         diffusion_loss(tiny_model, latents, labels, draws, "cosine")
     with pytest.raises(ValueError, match="mask rule"):
         sample_draws(tiny_model.config, 2, mask_rule="random")
+    with pytest.raises(ValueError, match="target must be one of"):
+        sample_draws(tiny_model.config, 2, target="previous")
+    for levels in ((), (3, 2), (2, 2), (0, 16)):
+        with pytest.raises(ValueError, match=r"ascending whole numbers in 0\.\.15"):
+            sample_draws(tiny_model.config, 2, levels=levels)
 
 
 # --- native ----------------------------------------------------------------------------------

@@ -158,7 +158,9 @@ def _train(args: argparse.Namespace, writer: Any) -> dict[str, Any]:
         folder = args.output / "export"
         dtype = _dtypes()[args.export_dtype]
         names = trainer.data.class_names
-        export_model(folder, trainer.averaged_model(), trainer.tokenizer, names, dtype)
+        export_model(
+            folder, trainer.averaged_model(), recipe, trainer.tokenizer, names, dtype
+        )
         found["export"] = str(folder)
     if trainer.step < recipe.steps:
         command = ["fastfar", "train", "--output", str(args.output)]

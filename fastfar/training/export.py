@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from fastfar.checkpoint import save_pretrained
-from fastfar.config import FARConfig
 from fastfar.data import ImageDataset
 from fastfar.model import FAR
 from fastfar.plan import SamplingPlan, cosine_mask_ratios
@@ -23,25 +22,30 @@ from fastfar.training.state import read_state
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
 
-def default_plan(config: FARConfig, tokenizer: PixelTokenizer | KLVAE) -> SamplingPlan:
+def default_plan(recipe: Recipe, tokenizer: PixelTokenizer | KLVAE) -> SamplingPlan:
     """How a model that was trained here is sampled unless told otherwise.
 
-    Masked, at the levels 0, 2, 3, ..., 10 of 16 (as far as the model has them): each step's input
-    is low-passed to the level that it is told. Guidance and temperature rise as in
+    At the levels that it was trained at, or at 0, 2, 3, ..., 10 of 16 (as far as the model has
+    them); each step's input is low-passed to the level that it is told. A model that was trained to
+    give the next level is sampled at every level it knows, and its results are not filtered again.
+    Masked if it was trained so. Guidance and temperature rise as in
     `SamplingPlan.official("mask")`. x0 is bounded by what the tokenizer can show: a short training
     does not predict the noise near t = 999 well enough to do without (a KL-VAE has no bound).
     Levels, guidance and T = 16 are those that measured best on the demo (benchmarks/LOG.md).
     """
-    levels = (0, *range(2, min(config.num_levels, 10) + 1))
+    next_level, known = recipe.target == "next_level", recipe.config.num_levels
+    levels = recipe.levels or (0, *range(2, min(known, 10) + 1))
+    if next_level and recipe.levels is None:
+        levels = tuple(range(known))
     n = len(levels)
     return SamplingPlan(
         levels=levels,
-        input_levels=(None, *levels[1:]),
+        input_levels=(None, *(None if next_level else level for level in levels[1:])),
         guidance_scale=3.0,
         guidance_ramp=tuple(k / n for k in range(n)),
         temperatures=tuple(0.85 + 0.15 * k / n for k in range(n)),
         diffusion_steps=(16,) * n,
-        mask_ratios=cosine_mask_ratios(n),
+        mask_ratios=cosine_mask_ratios(n) if recipe.mask_rule else None,
         x0_range=tokenizer.x0_range if isinstance(tokenizer, PixelTokenizer) else None,
     )
 
@@ -49,16 +53,19 @@ def default_plan(config: FARConfig, tokenizer: PixelTokenizer | KLVAE) -> Sampli
 def export_model(
     folder: str | os.PathLike[str],
     model: FAR,
+    recipe: Recipe,
     tokenizer: PixelTokenizer | KLVAE,
     class_names: Sequence[str],
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     """Write `model`, in `dtype`, as a folder for `FARPipeline.from_pretrained`. Changes its dtype.
 
+    `recipe` is what it was trained by, which decides the plan (`default_plan`).
+
     Raises:
         OSError: the disk is full or the folder cannot be written; old files are intact.
     """
-    plan = default_plan(model.config, tokenizer)
+    plan = default_plan(recipe, tokenizer)
     save_pretrained(folder, model.to(dtype), tokenizer, plan, class_names)
 
 
@@ -82,7 +89,8 @@ def export_run(
         OSError: as `export_model`.
     """
     state = read_state(run)
-    model = _averaged(Recipe.from_dict(state["recipe"]).config, state["ema"])
+    recipe = Recipe.from_dict(state["recipe"])
+    model = _averaged(recipe, state["ema"])
     if "tokenizer" in state:
         tokenizer, names = tokenizer_from_dict(state["tokenizer"]), state["class_names"]
     elif load_data is not None:
@@ -90,13 +98,13 @@ def export_run(
         tokenizer, names = pixel_tokenizer(data), data.class_names
     else:
         raise ValueError(f"{run} was written by an earlier version: exporting it needs its data")
-    export_model(folder, model, tokenizer, names, dtype)
+    export_model(folder, model, recipe, tokenizer, names, dtype)
     return int(state["step"])
 
 
-def _averaged(config: FARConfig, average: Mapping[str, Any]) -> FAR:
+def _averaged(recipe: Recipe, average: Mapping[str, Any]) -> FAR:
     with torch.random.fork_rng(devices=[]):
-        model = FAR(config).eval()
+        model = FAR(recipe.config).eval()
     ema = EMA(model, 0.0)
     ema.load_state_dict(average)
     ema.copy_to(model)

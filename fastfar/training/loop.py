@@ -147,6 +147,8 @@ class Trainer:
             batch_multiplier=recipe.batch_multiplier,
             label_dropout=recipe.label_dropout,
             level_per_image=recipe.level_per_image,
+            levels=recipe.levels,
+            target=recipe.target,
             generator=generator,
         )
         lr = recipe.learning_rate(self.step)

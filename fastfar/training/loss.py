@@ -7,7 +7,9 @@ Source: FAR, arXiv 2503.05305, sections 3.3 (diffusion loss, frequency-aware tra
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from fastfar.profiling import annotate
 
 MASK_RULES = ("paper", "official")
 LEVEL_WEIGHTS = ("sine",)
+TARGETS = ("clean", "next_level")
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class TrainingDraws:
         noise: (M * B * L, P).
         mask: (B, L), 1 or True where a token is masked; None trains without masks.
         dropped: (B,) bool, images whose label is replaced by "no class"; None drops none.
+        target_level: (B,) int64, level to which the target is low-passed; None is the clean latent.
     """
 
     level: Tensor
@@ -39,6 +43,7 @@ class TrainingDraws:
     noise: Tensor
     mask: Tensor | None = None
     dropped: Tensor | None = None
+    target_level: Tensor | None = None
 
 
 def mask_ratio(level_B: Tensor, num_levels: int, rule: str, generator: torch.Generator) -> Tensor:
@@ -69,6 +74,8 @@ def sample_draws(
     batch_multiplier: int = 4,
     label_dropout: float = 0.0,
     level_per_image: bool = True,
+    levels: Sequence[int] | None = None,
+    target: str = "clean",
     generator: torch.Generator | None = None,
 ) -> TrainingDraws:
     """Draw levels, timesteps, noise, masks and dropped labels for one batch.
@@ -80,12 +87,23 @@ def sample_draws(
         batch_multiplier: M, times that each token's target is used with fresh t and noise.
         label_dropout: probability of training an image without its label.
         level_per_image: one level per image; False is the published one level per batch.
+        levels: the ascending levels to draw from, those of a sampling plan; None is 0..K - 1.
+        target: "clean" for the clean latent at every level (the paper's direct modelling of it,
+            as published), "next_level" for the latent at the next of `levels` (K after the last).
         generator: CPU generator; None is PyTorch's own.
+
+    Raises:
+        ValueError: unknown mask rule or target, or levels that are not ascending within 0..K - 1.
     """
+    ladder = check_ladder(levels, config.num_levels)
+    if target not in TARGETS:
+        raise ValueError(f"target must be one of {TARGETS}, got {target!r}")
     g = generator if generator is not None else torch.default_generator
     length = config.num_tokens
-    level_B = torch.randint(config.num_levels, (batch if level_per_image else 1,), generator=g)
-    level_B = level_B.expand(batch)
+    place_B = torch.randint(len(ladder), (batch if level_per_image else 1,), generator=g)
+    place_B = place_B.expand(batch)
+    level_B = torch.tensor(ladder)[place_B]
+    next_level_B = torch.tensor((*ladder[1:], config.num_levels))[place_B]
     mask_BL = None
     if mask_rule is not None:
         ratio_B = mask_ratio(level_B, config.num_levels, mask_rule, g)
@@ -99,7 +117,21 @@ def sample_draws(
         noise=torch.randn(rows, config.token_dim, generator=g),
         mask=mask_BL,
         dropped=torch.rand(batch, generator=g) < label_dropout if label_dropout > 0 else None,
+        target_level=next_level_B if target == "next_level" else None,
     )
+
+
+def check_ladder(levels: Sequence[int] | None, num_levels: int) -> tuple[int, ...]:
+    """Levels to train, 0..K - 1 for None; ValueError unless they ascend within that range."""
+    if levels is None:
+        return tuple(range(num_levels))
+    ladder = tuple(levels)
+    if not ladder or list(ladder) != sorted(set(ladder) & set(range(num_levels))):
+        raise ValueError(
+            f"levels must be ascending whole numbers in 0..{num_levels - 1}, none twice, got "
+            f"{list(ladder)}"
+        )
+    return ladder
 
 
 def level_weights(
@@ -134,9 +166,13 @@ def _check(config: FARConfig, latents: Tensor, class_labels: Tensor, draws: Trai
         raise ValueError(
             f"draws.mask must be ({batch}, {length}), got {tuple(draws.mask.shape)}"
         )
-    if len(draws.level) not in (1, batch):
-        raise ValueError(f"draws.level must hold 1 or {batch} levels, got {len(draws.level)}")
-    check_levels(draws.level, config.num_levels)
+    for name in ("level", "target_level"):
+        level = getattr(draws, name)
+        if level is None:
+            continue
+        if len(level) not in (1, batch):
+            raise ValueError(f"draws.{name} must hold 1 or {batch} levels, got {len(level)}")
+        check_levels(level, config.num_levels)
 
 
 def _prepare(
@@ -147,16 +183,19 @@ def _prepare(
     batch, device = len(latents), latents.device
     level_B = draws.level.to(device).expand(batch)
     mask_BL = None if draws.mask is None else draws.mask.to(device)
-    tokens_BLP = filter_mask_patchify(
+    low_passed = partial(
+        filter_mask_patchify,
         latents,
-        level_B,
-        mask_BL,
         patch_size=config.patch_size,
         num_levels=config.num_levels,
         kind=config.filter,
     )
+    tokens_BLP = low_passed(level_B, mask_BL)
     timestep_N, noise_NP = draws.timestep.to(device), draws.noise.to(latents)
-    target_RP = patchify(latents, config.patch_size).flatten(0, 1)
+    if draws.target_level is None:
+        target_RP = patchify(latents, config.patch_size).flatten(0, 1)
+    else:
+        target_RP = low_passed(draws.target_level.to(device).expand(batch)).flatten(0, 1)
     noised_NP = add_noise(target_RP, noise_NP, timestep_N, num_timesteps=config.num_timesteps)
     return level_B, mask_BL, tokens_BLP, timestep_N, noise_NP, target_RP, noised_NP
 
@@ -199,8 +238,9 @@ def diffusion_loss(
 ) -> Tensor:
     """Training loss of one batch: mean_b w(level_b) * mean over tokens of the hybrid loss.
 
-    The input is the masked, low-passed latent; the target is the clean latent at every token,
-    masked or not, each repeated with fresh t and noise for one condition.
+    The input is the masked, low-passed latent; the target is the clean latent (or that of
+    `draws.target_level`) at every token, masked or not, each repeated with fresh t and noise for
+    one condition.
 
     Args:
         model: in train mode it drops features (and, with draws=None, a tenth of the labels).

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastfar.config import FARConfig
-from fastfar.training.loss import LEVEL_WEIGHTS, MASK_RULES
+from fastfar.training.loss import LEVEL_WEIGHTS, MASK_RULES, TARGETS, check_ladder
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Recipe:
         steps, batch_size, batch_multiplier: optimiser steps, images and head rows per token.
         lr, betas, weight_decay, clip: AdamW and gradient clipping (norm); biases, norms and the
             head are not decayed.
-        mask_rule, level_per_image, level_weight, label_dropout: see `sample_draws` and
-            `diffusion_loss`.
+        mask_rule, level_per_image, levels, target, level_weight, label_dropout: see `sample_draws`
+            and `diffusion_loss`.
         ema_decay: with warm-up min(decay, (1 + n) / (10 + n)).
         dtype: "auto" (bfloat16 autocast where the machine has it), "bfloat16" or "float32".
         backend: "native" (the CPU kernels' forward and backward), "triton" (those of a GPU),
@@ -60,6 +60,8 @@ class Recipe:
     clip: float = 3.0
     mask_rule: str | None = "paper"
     level_per_image: bool = True
+    levels: tuple[int, ...] | None = None
+    target: str = "clean"
     level_weight: str | None = None
     label_dropout: float = 0.1
     ema_decay: float = 0.9999
@@ -85,6 +87,7 @@ class Recipe:
             "data": ("fashion_mnist",),
             "mask_rule": (*MASK_RULES, None),
             "level_weight": (*LEVEL_WEIGHTS, None),
+            "target": TARGETS,
             "dtype": ("auto", "bfloat16", "float32"),
             "backend": ("auto", "native", "torch", "triton"),
             "level_per_image": (True, False),
@@ -98,9 +101,11 @@ class Recipe:
         if not isinstance(self.model, str | dict):
             raise ValueError(f"model must be a preset or its entries, got {self.model!r}")
         try:
-            _ = self.config
+            config = self.config
         except TypeError as error:
             raise ValueError(f"model: an entry is of a wrong type ({error})") from error
+        if self.levels is not None:
+            object.__setattr__(self, "levels", check_ladder(self.levels, config.num_levels))
 
     @property
     def config(self) -> FARConfig:
