@@ -8,9 +8,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fastfar.backend import BACKENDS
+from fastfar.cli._study import WORK, add_shared, add_study
 from fastfar.evaluation.samples import check_seed
-from fastfar.experiments import EXPERIMENTS, SHOWN, Rows, Setting
+from fastfar.experiments import EXPERIMENTS, SHOWN, STUDIES, Rows, Setting
 from fastfar.experiments.picture import side_by_side
 from fastfar.experiments.report import report
 from fastfar.experiments.run import run_part
@@ -22,6 +22,11 @@ Run the parts of an experiment and append every finding to a JSONL file as soon 
 stopped run goes on where it was. `report` prints Markdown tables of what the file holds."""
 
 _EPILOG = """examples:
+  fastfar experiment table5                            # trains and samples: hours on two cores
+  fastfar experiment table5 report > table5.md
+  fastfar experiment fewstep --help
+"""
+_FEWSTEP_EPILOG = """examples:
   fastfar experiment fewstep E0 --quick
   fastfar experiment fewstep E1 --samples 1000 --seeds 0 1
   fastfar experiment fewstep report > fewstep.md
@@ -31,7 +36,7 @@ QUICK = {"samples": 40, "seeds": (0, 1), "conditions": 16, "draws": 32, "teacher
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to the parser of `fastfar`."""
+    """Add the command, and one for every experiment, to the parser of `fastfar`."""
     parser = subparsers.add_parser(
         "experiment",
         help="run an experiment of the project again",
@@ -39,35 +44,37 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add("name", choices=sorted(EXPERIMENTS), help="which experiment")
+    names = parser.add_subparsers(dest="name", metavar="NAME", required=True)
+    fewstep = names.add_parser(
+        "fewstep",
+        help="samplers with few head calls",
+        description=_DESCRIPTION,
+        epilog=_FEWSTEP_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = fewstep.add_argument
     add("part", nargs="*", metavar="PART", help="parts, in this order; or report (default: all)")
     add("--checkpoint", metavar="NAME", default="demo", help="name or folder (%(default)s)")
     add("--moments", metavar="FILE", type=Path, help="moment head in place of the checkpoint's")
-    add("--samples", metavar="N", type=int, default=5000, help="images a seed (%(default)s)")
-    add("--seeds", metavar="N", type=int, nargs="+", default=(0, 1, 2), help="(0 1 2)")
     add("--conditions", metavar="N", type=int, default=256, help="of token metrics (%(default)s)")
     add("--draws", metavar="N", type=int, default=256, help="tokens for each (%(default)s)")
     add("--teacher-steps", metavar="T", type=int, default=100, help="of R (%(default)s)")
-    add("--batch-size", metavar="N", type=int, default=100, help="images a batch (%(default)s)")
     add("--reference", metavar="DIR", type=Path, help="R's images, DIR/<seed>/*.npy, if drawn")
-    add("--data", metavar="DIR", type=Path, help="of the four IDX files, if not installed")
-    add("--backend", choices=("auto", *BACKENDS), default="auto", help="(%(default)s)")
-    add("--work", metavar="DIR", type=Path, help="(~/.cache/fastfar/experiments)")
-    add("--output", metavar="FILE", type=Path, help="rows, JSONL (WORK/<name>.jsonl)")
     add("--tokens", action="store_true", help="token metrics alone: no images, any checkpoint")
     add("--picture", metavar="FILE", type=Path, help="also the same seeds by its samplers (.png)")
-    add("--quick", action="store_true", help="tiny numbers: shows that it runs, decides nothing")
-    parser.set_defaults(run=run)
+    add_shared(fewstep, samples=5000)
+    fewstep.set_defaults(run=run)
+    for study in STUDIES.values():
+        add_study(names, study)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run parts, or print the tables; 0, or 130 after Ctrl-C with what is finished kept."""
+    """Run parts of `fewstep`, or print the tables; 0, or 130 after Ctrl-C."""
     parts = EXPERIMENTS[args.name]
     wanted = args.part or list(parts)
     if unknown := sorted(set(wanted) - {*parts, "report"}):
         raise ValueError(f"{args.name} has no part {unknown}; it has {[*parts, 'report']}")
-    work = args.work or Path.home() / ".cache" / "fastfar" / "experiments"
+    work = args.work or WORK
     quick = "-quick" if args.quick else ""
     output = args.output or work / f"{args.name}{quick}.jsonl"
     rows = Rows(output)

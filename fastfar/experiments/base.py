@@ -80,6 +80,7 @@ class Setting:
         checkpoint: name of the pipeline's.
         images: whether images are made and judged, which needs Fashion-MNIST; tokens do not.
         batch_size: images at a time.
+        about: what the rows of images say besides, of a model that an experiment trained.
         tell: is told what is being done.
     """
 
@@ -97,6 +98,7 @@ class Setting:
     checkpoint: str = "demo"
     images: bool = True
     batch_size: int = 100
+    about: Row = field(default_factory=dict)
     tell: Tell = field(default=lambda text: None)
 
     @cached_property

@@ -5,7 +5,8 @@ Legend: B image, H height, W width.
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,12 @@ from fastfar.experiments.noise import WithCorrelation
 R = "R"
 
 
+@lru_cache(maxsize=1)
+def judge_of(data: Path | None) -> Judge:
+    """Against the test split of Fashion-MNIST; its features are computed once."""
+    return Judge(load_classifier(), load_fashion_mnist("test", data))
+
+
 class Images:
     """Draws, scores and compares; all that is done lies in the work folder and in the rows."""
 
@@ -29,21 +36,22 @@ class Images:
         self.setting, self.rows, self.experiment = setting, rows, experiment
         self.reference = Candidate(R, setting.teacher_plan)
 
-    @cached_property
+    @property
     def judge(self) -> Judge:
-        return Judge(load_classifier(), load_fashion_mnist("test", self.setting.data))
+        return judge_of(self.setting.data)
 
     def compare(self, part: str, candidate: Candidate) -> Row:
         """The verdict on a candidate, after its rows and R's for every seed and pooled."""
-        theirs, spread = self._scores(R, self.reference), self._yardstick()
-        ours = self._scores(part, candidate)
+        theirs, spread = self.scores(R, self.reference), self._yardstick()
+        ours = self.scores(part, candidate)
         name = self._name(part, candidate, "verdict", "all")
         judged = [[row.to_dict() for row in scores.values()] for scores in (ours, theirs)]
         key = digest([judged, spread])
         row, _ = self.rows.get(name, key, lambda: decide(theirs, ours, spread).to_dict())
         return row
 
-    def _scores(self, part: str, candidate: Candidate) -> dict[str, Judged]:
+    def scores(self, part: str, candidate: Candidate) -> dict[str, Judged]:
+        """The figures of a candidate for every seed and, of several, pooled; a row for each."""
         scores = {}
         for place in self._places():
             name = self._name(part, candidate, "images", place)
@@ -79,12 +87,12 @@ class Images:
 
     def _images(self, candidate: Candidate, place: str) -> tuple[Tensor, Tensor]:
         seeds = self.setting.seeds if place == POOLED else (int(place),)
-        drawn = [self._draw(candidate, seed) for seed in seeds]
+        drawn = [self.draw(candidate, seed) for seed in seeds]
         labels_B = balanced_labels(self.setting.samples)
         return torch.cat(drawn), labels_B.repeat(len(seeds))
 
-    def _draw(self, candidate: Candidate, seed: int) -> Tensor:
-        """uint8 (B, H, W), read where they are there."""
+    def draw(self, candidate: Candidate, seed: int) -> Tensor:
+        """uint8 (B, H, W) of one seed, read where they are there."""
         setting = self.setting
         if candidate.name == R and setting.reference is not None:
             images_BHW, there_B = read_chunks(setting.reference / str(seed), setting.samples)
@@ -140,6 +148,7 @@ class Images:
             "checkpoint": self.setting.checkpoint,
             "correlation": candidate.correlation,
             "plan": candidate.plan.to_dict(),
+            **self.setting.about,
         }
 
 
