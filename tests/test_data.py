@@ -11,10 +11,11 @@ import pytest
 import torch
 from idx import write_fashion_mnist, write_idx
 
-from fastfar import data
 from fastfar.data import (
+    CLASS_NAMES,
     ImageDataset,
     balanced_labels,
+    fashion_mnist,
     load_fashion_mnist,
     read_idx,
     to_float,
@@ -48,7 +49,7 @@ def test_missing_files_say_where_and_how(tmp_path: Path, monkeypatch: pytest.Mon
         "--data FOLDER",
     ):
         assert part in message
-    monkeypatch.setattr(data, "DEFAULT_ROOTS", (tmp_path / "nowhere",))
+    monkeypatch.setattr(fashion_mnist, "DEFAULT_ROOTS", (tmp_path / "nowhere",))
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load_fashion_mnist("test")
 
@@ -146,7 +147,7 @@ def test_wrong_image_tensors_are_refused() -> None:
 def dataset(per_class: int) -> ImageDataset:
     labels = torch.arange(10).repeat(per_class)
     images = torch.arange(10 * per_class)[:, None, None].expand(-1, 32, 32).to(torch.uint8)
-    return ImageDataset(images, labels, data.CLASS_NAMES)
+    return ImageDataset(images, labels, CLASS_NAMES)
 
 
 def test_balanced_draws_are_balanced_distinct_and_repeatable() -> None:

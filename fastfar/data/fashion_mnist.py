@@ -15,12 +15,13 @@ import math
 import os
 import struct
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from fastfar.data.images import ImageDataset
 
 DEFAULT_ROOTS = (Path("/usr/share/datasets/fashion-mnist"),)
 CLASS_NAMES = (
@@ -38,77 +39,6 @@ CLASS_NAMES = (
 RAW_SIZE, PADDING = 28, 2
 IMAGE_SIZE = RAW_SIZE + 2 * PADDING
 _PREFIXES = {"train": "train", "test": "t10k"}
-
-
-@dataclass(frozen=True)
-class ImageDataset:
-    """``images`` uint8 (B, H, W) or (B, C, H, W), ``labels`` int64 (B,), ``class_names`` in label
-    order."""
-
-    images: Tensor
-    labels: Tensor
-    class_names: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
-
-    @property
-    def image_shape(self) -> tuple[int, ...]:
-        """(C, H, W) of one image."""
-        shape = tuple(self.images.shape[1:])
-        return shape if len(shape) == 3 else (1, *shape)
-
-    def take(self, rows_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, C, H, W) as float32 x / 127.5 - 1, in [-1, 1], and labels (B,) of rows."""
-        images = self.images[rows_B].view(-1, *self.image_shape)
-        return images.float() / 127.5 - 1.0, self.labels[rows_B]
-
-    def pixel_statistics(self) -> tuple[float, float]:
-        """Mean and standard deviation of all pixels as ``take`` gives them, in float64.
-
-        Counts the 256 values, so that no copy of the images in floating point is made.
-        """
-        count = torch.bincount(self.images.flatten(), minlength=256).double()
-        value = torch.arange(256, dtype=torch.float64) / 127.5 - 1.0
-        number = count.sum()
-        mean = (count * value).sum() / number
-        variance = (count * (value - mean).square()).sum() / (number - 1)
-        return float(mean), float(variance.sqrt())
-
-    def balanced_rows(self, count: int, seed: int = 0) -> Tensor:
-        """Row numbers (count,) of random images, none twice, as equally many per class as can be.
-
-        Deterministic in ``seed``.  Raises ValueError where a class has too few images.
-        """
-        labels = balanced_labels(count, self.num_classes)
-        wanted = torch.bincount(labels, minlength=self.num_classes)
-        generator = torch.Generator().manual_seed(seed)
-        picked = []
-        for label, number in enumerate(wanted.tolist()):
-            rows = torch.nonzero(self.labels == label).flatten()
-            if len(rows) < number:
-                raise ValueError(
-                    f"{count} class-balanced images need {number} of class {label} "
-                    f"({self.class_names[label]!r}), but there are {len(rows)}: ask for fewer"
-                )
-            picked.append(rows[torch.randperm(len(rows), generator=generator)[:number]])
-        return torch.cat(picked)
-
-    def balanced(self, count: int, seed: int = 0) -> ImageDataset:
-        """The images of ``balanced_rows``."""
-        rows = self.balanced_rows(count, seed)
-        return ImageDataset(self.images[rows], self.labels[rows], self.class_names)
-
-
-def balanced_labels(count: int, num_classes: int = len(CLASS_NAMES)) -> Tensor:
-    """Labels 0, 1, ..., num_classes - 1, 0, 1, ... of length ``count``; int64 (count,)."""
-    if count < 1:
-        raise ValueError(f"the number of images is {count}: it must be at least 1")
-    return torch.arange(count, dtype=torch.int64) % num_classes
 
 
 def load_fashion_mnist(split: str, root: str | os.PathLike[str] | None = None) -> ImageDataset:
@@ -146,28 +76,6 @@ def load_fashion_mnist(split: str, root: str | os.PathLike[str] | None = None) -
         )
     padded = torch.nn.functional.pad(images_BHW, (PADDING,) * 4)
     return ImageDataset(padded, labels_B, CLASS_NAMES)
-
-
-def to_float(images_BHW: Tensor) -> Tensor:
-    """uint8 (B, H, W) -> float32 (B, 1, H, W) in [-1, 1]: x / 127.5 - 1."""
-    if images_BHW.dtype != torch.uint8 or images_BHW.ndim != 3:
-        raise ValueError(
-            f"images must be uint8 of shape (B, H, W), got {images_BHW.dtype} "
-            f"{tuple(images_BHW.shape)}"
-        )
-    return images_BHW[:, None].float().div_(127.5).sub_(1.0)
-
-
-def to_uint8(images_B1HW: Tensor) -> Tensor:
-    """float (B, 1, H, W) in [-1, 1] -> uint8 (B, H, W): round((x + 1) * 127.5), clamped.
-
-    Raises ValueError for another shape, NaN or infinity.
-    """
-    if images_B1HW.ndim != 4 or images_B1HW.shape[1] != 1:
-        raise ValueError(f"images must have shape (B, 1, H, W), got {tuple(images_B1HW.shape)}")
-    if not bool(torch.isfinite(images_B1HW).all()):
-        raise ValueError("images hold NaN or infinity: the model that made them diverged")
-    return images_B1HW[:, 0].float().add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def read_idx(path: str | os.PathLike[str], dims: int) -> Tensor:
