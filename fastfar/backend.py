@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,6 +33,7 @@ from fastfar._memory import available_memory as available_memory
 from fastfar._packages import cuda_reason as _cuda_reason
 from fastfar._packages import optional_packages as optional_packages
 from fastfar._packages import package_reason as _package_reason
+from fastfar._packages import package_reason as package_reason
 
 BACKENDS = ("reference", "torch", "native", "triton")
 INSTRUCTION_SETS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
@@ -134,6 +135,20 @@ def require_package(name: str, option: str) -> None:
 def interpreting() -> bool:
     """Whether Triton's kernels run in its interpreter, on CPU tensors: a mode for tests."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
+
+
+class Launched(NamedTuple):
+    """What torchrun tells a process: its number, how many there are, its number on the machine."""
+
+    rank: int
+    size: int
+    local_rank: int
+
+
+def launched() -> Launched:
+    """How torchrun started this process; (0, 1, 0) if it did not."""
+    values = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+    return Launched(*map(int, values)) if all(map(str.isdecimal, values)) else Launched(0, 1, 0)
 
 
 def architecture(device: torch.device | str) -> int:

@@ -83,8 +83,8 @@ def test_command(
     assert len(lines) == 2 and lines[1] == printed
     first, second = (json.loads(line) for line in lines)
     assert first["rows"] == second["rows"], "the figures do not repeat"
-    run = first["run"]
-    assert run["new_samples"] == 24 and second["run"]["new_samples"] == 0
+    run = first["run"]["mine"]
+    assert run["new_samples"] == 24 and second["run"]["mine"]["new_samples"] == 0
     assert run["plan"]["guidance_scale"] == 2.0 and set(run["plan"]["diffusion_steps"]) == {5}
 
     assert cli.main([*command, "--seed", "1"]) == 2

@@ -17,7 +17,7 @@ from tiny_run import TINY_FASHION
 from fastfar import cli
 from fastfar.cli import train as train_command
 from fastfar.pipeline import FARPipeline
-from fastfar.training.state import read_log, read_state
+from fastfar.training.state import has_run, read_log, read_run, read_state
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_train_stops_and_says_how_to_go_on(
     text = capsys.readouterr().out
     assert "interrupted at step 2 of 4" in text
     assert f"to go on: fastfar train --output {run} --data {data}" in text
-    assert read_state(run)["step"] == 2 and not (run / "export").exists()
+    assert read_run(run)["step"] == 2 and not (run / "export").exists()
     monkeypatch.undo()
     assert cli.main(train) == 0
     assert "finished at step 4 of 4" in capsys.readouterr().out
@@ -127,7 +127,8 @@ def test_the_end_of_the_time_exports(
         (["--minutes", "0"], "--minutes must be positive"),
         (["--threads", "-1"], "--threads must be positive"),
         (["--save-every", "0"], "--save-every must be positive"),
-        (["--data", "nowhere"], "no train-images"),
+        (["--data", "nowhere"], "nowhere"),
+        (["--workers", "-1"], "workers must be at least 0"),
         (["--export-only"], "no training run"),
     ],
 )
@@ -136,7 +137,7 @@ def test_wrong_arguments_of_train(
 ) -> None:
     arguments = ["train", "--output", str(tmp_path / "run"), "--data", data, *options]
     assert message in fails(capsys, *arguments)
-    assert not (tmp_path / "run" / "state.pt").exists()
+    assert not has_run(tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -302,16 +302,14 @@ def test_evaluate(train: ImageDataset, test: ImageDataset, evaluator: Path) -> N
     classifier = load_classifier(evaluator)
     seen: list[str] = []
     result = evaluate(
-        test.images,
-        test.labels,
+        {"the test split itself": (test.images, test.labels), "black": (test.images * 0, None)},
         train=train,
         test=test,
         classifier=classifier,
-        name="the test split itself",
         on_row=lambda row: seen.append(row.name),
     )
     rows = {row["name"]: row for row in result["rows"]}
-    assert list(rows) == seen and len(rows) == 5
+    assert list(rows) == seen and len(rows) == 6
     for row in rows.values():
         assert row["count"] == 80 and row["reference"] == "test 80"
         assert row["extractor"] == result["extractor"] == classifier.fingerprint
@@ -320,7 +318,11 @@ def test_evaluate(train: ImageDataset, test: ImageDataset, evaluator: Path) -> N
     assert (same["precision"], same["recall"]) == (1.0, 1.0)
     assert same["class_agreement"] == result["extractor_accuracy"]
     assert rows["train split"][METRIC] < 0.2 * rows["uniform noise"][METRIC]
-    assert result["fd_over_floor"] == pytest.approx(0, abs=1e-4)
+    assert result["fd_over_floor"]["the test split itself"] == pytest.approx(0, abs=1e-4)
+    black = rows["black"]
+    assert black["class_agreement"] is None and black["recall"] < 0.1
+    ratio = black[METRIC] / rows["train split"][METRIC]
+    assert result["fd_over_floor"]["black"] == pytest.approx(ratio) and ratio > 2
     assert json.loads(json.dumps(result)) == result
 
     judge = Judge(classifier, test)

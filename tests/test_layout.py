@@ -46,12 +46,12 @@ ALSO_PUBLIC = {"PixelTokenizer", "SeededNoise", "Solver", "__version__"}
 LAYERS: tuple[set[str], ...] = (
     {"_version", "_files", "_memory", "_native", "_packages", "_tables", "_weights", "backend"}
     | {"config", "kernels", "packing", "profiling"},
-    {"data", "diagonal_gaussian", "diffusion", "levels", "noise", "plan", "rows", "solver"}
+    {"diagonal_gaussian", "diffusion", "levels", "noise", "plan", "rows", "solver"}
     | {"_coefficients"},
     {"ops"},
     {"head", "diffloss", "transformer", "nn", "kl_vae", "tokenizer", "model", "moments", "prepared"}
     | {"checkpoint"},
-    {"decoding", "sampling", "outer_step", "graphs", "training", "baselines"},
+    {"data", "decoding", "sampling", "outer_step", "graphs", "training", "baselines"},
     {"pipeline", "pictures"},
     {"evaluation", "costs"},
     {"bench", "experiments"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,14 @@ from stand_in import StandIn
 
 from fastfar.data import balanced_labels
 from fastfar.evaluation import SampleStore, draw_samples, load_images
-from fastfar.evaluation.samples import image_generator, unit_to_uint8, weights_fingerprint
+from fastfar.evaluation.files import image_batches
+from fastfar.evaluation.samples import (
+    fill,
+    image_generator,
+    read_chunks,
+    unit_to_uint8,
+    weights_fingerprint,
+)
 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
@@ -34,8 +42,8 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
         batch_size=7,
         progress=lambda done, total: seen.append((done, total)),
     )
-    assert new == 17 and again.batches == [7, 7, 3]
-    assert seen == [(20, 37), (27, 37), (34, 37), (37, 37)]
+    assert new == 17 and again.batches == [1, 7, 7, 2], "batches begin at multiples of their size"
+    assert seen == [(20, 37), (21, 37), (28, 37), (35, 37), (37, 37)]
     assert torch.equal(resumed, whole), "an image depends on its batch"
 
     nothing = StandIn(limit=0)
@@ -50,7 +58,7 @@ def test_damaged_and_missing_chunks_are_drawn_again(tmp_path: Path) -> None:
     (tmp_path / "000030-000040.npy").unlink()
     pipeline = StandIn()
     again, _, new = draw_samples(pipeline, 40, store, batch_size=15)
-    assert new == 20 and pipeline.batches == [10, 10], "a batch must not run over a gap"
+    assert new == 20 and pipeline.batches == [5, 5, 10], "a batch must not run over a gap"
     assert torch.equal(again, whole)
 
 
@@ -64,12 +72,72 @@ def test_samples_of_another_run_are_not_mixed_in(tmp_path: Path) -> None:
         SampleStore(tmp_path, {"seed": 0})
 
 
+def test_colour_and_many_classes(tmp_path: Path) -> None:
+    store = SampleStore(tmp_path, {})
+    pipeline = StandIn(shape=(3, 8, 8))
+    whole, labels, _ = draw_samples(pipeline, 25, store, batch_size=10, num_classes=20)
+    assert whole.shape == (25, 3, 8, 8) and torch.equal(labels, balanced_labels(25, 20))
+    assert pipeline.labels == labels.tolist()
+    draw_samples(StandIn(limit=0), 21, store, num_classes=20)
+    np.save(tmp_path / "000025-000026.npy", np.zeros((1, 3, 9, 9), np.uint8))
+    with pytest.raises(ValueError, match="different runs"):
+        read_chunks(tmp_path, 26)
+
+
+def test_samples_come_in_batches(tmp_path: Path) -> None:
+    store = SampleStore(tmp_path, {})
+    whole, _, _ = draw_samples(StandIn(), 30, store, batch_size=10)
+    store.write(8, whole[8:13])  # another batch size has drawn these as well
+    batches = list(store.batches(27, 4))
+    assert max(map(len, batches)) == 4 and torch.equal(torch.cat(batches), whole[:27])
+    (tmp_path / "000010-000020.npy").unlink()
+    with pytest.raises(ValueError, match="lacks image 13 of 30"):
+        list(SampleStore(tmp_path, {}).batches(30, 4))
+
+
+def test_processes_share_the_samples(tmp_path: Path) -> None:
+    whole, _, _ = draw_samples(StandIn(), 50, SampleStore(tmp_path / "one", {}), batch_size=4)
+    folder = tmp_path / "three"
+    stopped = StandIn(limit=4)  # its share are batches 1, 4, 7 and 10; then it would help
+    with pytest.raises(KeyboardInterrupt):
+        fill(stopped, 50, SampleStore(folder, {}), batch_size=4, share=(1, 3))
+    images, there = read_chunks(folder, 50)
+    assert stopped.batches == [4] * 4
+    assert [i // 4 for i in torch.nonzero(there)[::4, 0].tolist()] == [1, 4, 7, 10]
+
+    def two(rank: int) -> int:
+        return fill(StandIn(), 50, SampleStore(folder, {}), batch_size=4, share=(rank, 3))
+
+    with ThreadPoolExecutor() as pool:  # process 1 does not come back
+        new = list(pool.map(two, (0, 2)))
+    assert 34 <= sum(new) <= 34 + 2 * 3 * 4
+    images, there = read_chunks(folder, 50)
+    assert bool(there.all()) and torch.equal(images, whole)
+    assert fill(StandIn(limit=0), 50, SampleStore(folder, {}), share=(4, 5)) == 0
+
+
+def test_what_another_process_draws_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last batch comes while this one, which is done, waits: nothing is drawn twice."""
+    whole, _, _ = draw_samples(StandIn(), 10, SampleStore(tmp_path / "other", {}), batch_size=5)
+    store, pipeline = SampleStore(tmp_path / "shared", {}), StandIn(seconds=0.5)
+    monkeypatch.setattr(
+        "fastfar.evaluation.samples.time.sleep", lambda seconds: store.write(5, whole[5:])
+    )
+    assert fill(pipeline, 10, store, batch_size=5, share=(0, 2)) == 5
+    assert pipeline.batches == [5]
+
+
 def test_bad_sampling_arguments(tmp_path: Path) -> None:
     store = SampleStore(tmp_path, {})
     with pytest.raises(ValueError, match="batch size is 0"):
         draw_samples(StandIn(), 10, store, batch_size=0)
     with pytest.raises(ValueError, match="number of images is 0"):
         draw_samples(StandIn(), 0, store)
+    for share in ((2, 2), (-1, 2), (0, 0)):
+        with pytest.raises(ValueError, match=rf"share {share[0]} of {share[1]}"):
+            fill(StandIn(), 10, store, share=share)
     with pytest.raises(ValueError, match="seed is -1"):
         draw_samples(StandIn(), 10, store, seed=-1)
 
@@ -88,8 +156,8 @@ def test_images_become_bytes() -> None:
     expected = (torch.linspace(0, 1, 1024) * 255).round().to(torch.uint8).reshape(1, 32, 32)
     assert torch.equal(unit_to_uint8(unit), expected)
     assert torch.equal(unit_to_uint8(expected), expected)
-    small = unit_to_uint8(torch.ones(1, 28, 28))
-    assert small.shape == (1, 32, 32) and small.sum() == 255 * 28 * 28
+    colour = unit.expand(2, 3, 32, 32)
+    assert torch.equal(unit_to_uint8(colour), expected.expand(2, 3, 32, 32))
 
 
 @pytest.mark.parametrize(
@@ -97,8 +165,8 @@ def test_images_become_bytes() -> None:
     [
         (torch.full((1, 32, 32), float("nan")), "NaN"),
         (torch.full((1, 32, 32), -1.0), r"\[0, 1\]"),
-        (torch.zeros(1, 3, 32, 32), "in grey"),
-        (torch.zeros(1, 16, 16), "in grey"),
+        (torch.zeros(1, 4, 32, 32), "in colour"),
+        (torch.zeros(32, 32), "in grey"),
         (torch.zeros(1, 32, 32, dtype=torch.int64), "int64"),
     ],
 )
@@ -119,6 +187,9 @@ def test_images_from_a_file(tmp_path: Path) -> None:
         np.save(tmp_path / "made.labels.npy", wrong)
         with pytest.raises(ValueError, match="labels"):
             load_images(tmp_path / "made.npy")
+    np.save(tmp_path / "small.npy", np.full((1, 28, 28), 255, np.uint8))
+    small = load_images(tmp_path / "small.npy")[0]
+    assert small.shape == (1, 32, 32) and small.sum() == 255 * 28 * 28
     (tmp_path / "broken.npy").write_bytes(b"no array")
     with pytest.raises(ValueError, match="broken"):
         load_images(tmp_path / "broken.npy")
@@ -140,6 +211,23 @@ def test_images_from_a_folder(tmp_path: Path) -> None:
     Image.new("L", (64, 64)).save(tmp_path / "grid.png")
     with pytest.raises(ValueError, match="several sizes"):
         load_images(tmp_path)
+
+
+def test_pictures_in_colour(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (5, 6, 7, 3)).astype(np.uint8)
+    for i, picture in enumerate(pixels):
+        Image.fromarray(picture).save(tmp_path / f"{i}.png")
+    batches = list(image_batches(tmp_path, size=2))
+    assert [len(batch) for batch in batches] == [2, 2, 1]
+    expected = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    assert torch.equal(torch.cat(batches), expected)
+    np.savez(tmp_path / "samples.npz", pixels)
+    (batch,) = image_batches(tmp_path / "samples.npz")
+    assert torch.equal(batch, expected)
+    np.savez(tmp_path / "other.npz", mu=pixels)
+    with pytest.raises(ValueError, match=r"other.npz: no images in it"):
+        next(image_batches(tmp_path / "other.npz"))
 
 
 def test_the_fingerprint_is_that_of_the_weights() -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import resource
 import signal
 import subprocess
@@ -34,14 +35,16 @@ from fastfar.training import (
     export_run,
     loop,
 )
-from fastfar.training.loop import batch_rows, pixel_tokenizer
-from fastfar.training.state import read_log, read_state
+from fastfar.training.checkpoints import Checkpoints, latest
+from fastfar.training.draws import batch_rows
+from fastfar.training.loop import tokenizer_of
+from fastfar.training.state import read_log, read_run, read_state
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def trainer(folder: Path, **changes: Any) -> Trainer:
-    return Trainer(tiny_recipe(**changes), tiny_data(), folder)
+def trainer(folder: Path, async_save: bool = True, **changes: Any) -> Trainer:
+    return Trainer(tiny_recipe(**changes), tiny_data(), folder, async_save=async_save)
 
 
 def flat(value: Any) -> dict[str, Any]:
@@ -65,6 +68,11 @@ def assert_same_state(one: Path, other: Path) -> None:
         assert same, name
 
 
+def is_time(name: str) -> bool:
+    """Whether an entry of the log depends on how fast the machine was."""
+    return name == "time" or name.endswith("_per_second") or name.startswith("share_")
+
+
 # --- going on ---------------------------------------------------------------------------------
 
 
@@ -80,16 +88,15 @@ def test_three_and_three_steps_are_six(tmp_path: Path) -> None:
             signal.raise_signal(signal.SIGINT)
 
     assert stopping.run(log_every=1, probe_every=2, on_step=stop_after_three) == "interrupted"
-    assert stopping.step == 3 and read_state(tmp_path / "parts")["step"] == 3
+    assert stopping.step == 3 and read_run(tmp_path / "parts")["step"] == 3
     torch.manual_seed(1234)
     resumed = trainer(tmp_path / "parts")
     assert resumed.step == 3 and resumed.changes == {}
     assert resumed.run(log_every=1, probe_every=2) == "finished"
 
     assert_same_state(tmp_path / "whole", tmp_path / "parts")
-    timed = ("time", "images_per_second")
     logs = [
-        [{k: v for k, v in entry.items() if k not in timed} for entry in read_log(tmp_path / name)]
+        [{k: v for k, v in entry.items() if not is_time(k)} for entry in read_log(tmp_path / name)]
         for name in ("whole", "parts")
     ]
     assert logs[0] == logs[1]
@@ -110,16 +117,18 @@ def test_a_step_leaves_the_random_numbers_of_others_alone(tmp_path: Path) -> Non
 
 def test_a_finished_run_stays_as_it_is(tmp_path: Path) -> None:
     assert trainer(tmp_path).run() == "finished"
-    before = (tmp_path / "state.pt").stat().st_mtime_ns
+    path = latest(tmp_path)
+    assert path is not None
+    before = (path / ".metadata").stat().st_mtime_ns
     again = trainer(tmp_path)
     assert again.run() == "finished" and again.step == 6
-    assert (tmp_path / "state.pt").stat().st_mtime_ns == before
+    assert (path / ".metadata").stat().st_mtime_ns == before
 
 
 def test_the_end_of_the_time_is_an_end(tmp_path: Path) -> None:
     run = trainer(tmp_path, steps=1000)
     assert run.run(minutes=1e-9) == "out of time"
-    assert read_state(tmp_path)["step"] == run.step < 1000
+    assert read_run(tmp_path)["step"] == run.step < 1000
 
 
 _SCRIPT = """
@@ -149,7 +158,7 @@ def test_a_signal_from_outside_saves(tmp_path: Path, number: int) -> None:
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     outcome, step = output.splitlines()[-1].split()
-    assert outcome == "interrupted" and read_state(tmp_path)["step"] == int(step) > 0
+    assert outcome == "interrupted" and read_run(tmp_path)["step"] == int(step) > 0
     resumed = trainer(tmp_path, steps=int(step) + 1)
     assert resumed.step == int(step) and resumed.run() == "finished"
 
@@ -216,28 +225,58 @@ def test_other_images_are_refused(tmp_path: Path) -> None:
         Trainer(tiny_recipe(), ImageDataset(data.images + 1, data.labels, ()), tmp_path)
 
 
-def test_a_state_of_an_earlier_version_loads(tmp_path: Path) -> None:
-    """Without tokenizer and class names; exporting then needs the data."""
-    trainer(tmp_path).run()
-    state = read_state(tmp_path)
-    torch.save({k: v for k, v in state.items() if k not in ("tokenizer", "class_names")},
-               tmp_path / "state.pt")
-    assert trainer(tmp_path).step == 6
+def test_a_state_of_an_earlier_version_can_be_exported(tmp_path: Path) -> None:
+    """One file, state.pt; the first ones held neither tokenizer nor class names."""
+    trainer(tmp_path / "run").run()
+    state = read_state(tmp_path / "run")
+    old = tmp_path / "old"
+    old.mkdir()
+    names = ("model", "ema", "step", "recipe")
+    torch.save({name: state[name] for name in names}, old / "state.pt")
+    with pytest.raises(ValueError, match="earlier version"):
+        trainer(old)
     with pytest.raises(ValueError, match="needs its data"):
-        export_run(tmp_path, tmp_path / "export")
-    assert export_run(tmp_path, tmp_path / "export", load_data=tiny_data) == 6
+        export_run(old, tmp_path / "export")
+    assert export_run(old, tmp_path / "export", torch.float32, tiny_data) == 6
     pipe = FARPipeline.from_pretrained(tmp_path / "export")
-    assert pipe.tokenizer == pixel_tokenizer(tiny_data())
+    assert pipe.tokenizer == tokenizer_of(tiny_data())
+    assert torch.equal(pipe.model.z_proj.weight, state["ema"]["z_proj.weight"])
+    (old / "state.pt").write_bytes(b"PK cut")
+    with pytest.raises(ValueError, match=r"state\.pt is damaged"):
+        export_run(old, tmp_path / "export")
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"not a state", None])
-def test_a_damaged_state_says_so(tmp_path: Path, content: bytes | None) -> None:
-    if content is None:
-        torch.save({"model": {}}, tmp_path / "state.pt")
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "run.json", "../latest.json"])
+@pytest.mark.parametrize("content", [b"", b"cut", None])
+def test_a_damaged_checkpoint_says_so(tmp_path: Path, name: str, content: bytes | None) -> None:
+    trainer(tmp_path, steps=1).run()
+    path = latest(tmp_path)
+    assert path is not None
+    if content is not None:
+        (path / name).write_bytes(content)
+    elif name.startswith(".."):
+        (path / name).write_text('{"folder": "step-000099"}')
     else:
-        (tmp_path / "state.pt").write_bytes(content)
-    with pytest.raises(ValueError, match=r"state\.pt is"):
+        (path / name).unlink()
+    with pytest.raises(ValueError, match="is damaged"):
         trainer(tmp_path)
+
+
+def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
+    trainer(tmp_path, steps=1).run()
+    path = latest(tmp_path)
+    assert path is not None
+
+    class Bad:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "ran",)
+
+    (path / ".metadata").write_bytes(pickle.dumps(Bad()))
+    with pytest.raises(ValueError, match="is damaged"):
+        trainer(tmp_path)
+    with pytest.raises(ValueError, match="is damaged"):
+        read_state(tmp_path)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_no_state_says_so(tmp_path: Path) -> None:
@@ -305,17 +344,18 @@ def test_a_run_that_has_diverged_stops(tmp_path: Path, monkeypatch: pytest.Monke
     with_bad_steps(run, lambda step: step == 1 or step > 3)
     with pytest.raises(ValueError, match="diverged at step 4"):
         run.run(save_every=2)
-    assert read_state(tmp_path)["step"] == 6
+    assert read_run(tmp_path)["step"] == 6
 
 
-@pytest.mark.parametrize("where", ["simulated", "real"])
+@pytest.mark.parametrize("where", ["simulated", "real", "in the background"])
 def test_a_full_disk_keeps_the_last_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    run = trainer(tmp_path)
+    run = trainer(tmp_path, async_save=where == "in the background")
     run.train_step()
     run.save()
-    before = (tmp_path / "state.pt").read_bytes()
+    run.checkpoints.wait()
+    before = read_state(tmp_path)
     run.train_step()
     expected = errno.ENOSPC if where == "simulated" else errno.EFBIG
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -331,33 +371,47 @@ def test_a_full_disk_keeps_the_last_state(
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
         with pytest.raises(OSError, match="free space") as error:
             run.save()
+            run.checkpoints.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, ignored)
     assert error.value.errno == expected
-    assert (tmp_path / "state.pt").read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.json", "state.pt"]
+    after = read_state(tmp_path)
+    assert flat(before).keys() == flat(after).keys() and after["step"] == 1
     monkeypatch.undo()
     run.save()
+    run.checkpoints.wait()
     assert trainer(tmp_path).step == 2
 
 
 def test_a_full_disk_on_the_way_does_not_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write, calls = loop.write_state, []
+    save, calls = Checkpoints.save, []
 
-    def full_at_first(folder: Path, state: Any) -> None:
-        calls.append(state["step"])
+    def full_at_first(self: Checkpoints, step: int, *arguments: Any) -> None:
+        calls.append(step)
         if len(calls) == 1:
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(folder, state)
+        save(self, step, *arguments)
 
-    monkeypatch.setattr(loop, "write_state", full_at_first)
+    monkeypatch.setattr(Checkpoints, "save", full_at_first)
     with caplog.at_level(logging.WARNING, "fastfar"):
         assert trainer(tmp_path).run(save_every=2) == "finished"
-    assert calls == [2, 4, 6] and "step 2 was not saved" in caplog.text
-    assert read_state(tmp_path)["step"] == 6
+    assert calls == [2, 4, 6] and "No space left" in caplog.text
+    assert read_run(tmp_path)["step"] == 6
+
+
+def test_the_last_two_checkpoints_stay(tmp_path: Path) -> None:
+    leftover = tmp_path / "checkpoints" / "step-000004"
+    leftover.mkdir(parents=True)
+    (leftover / "__0_0.distcp").write_bytes(b"of a killed save")
+    run = trainer(tmp_path)
+    assert run.step == 0 and run.run(save_every=2) == "finished"
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["latest.json", "step-000004", "step-000006"]
+    (tmp_path / "checkpoints" / "latest.json").write_text('{"folder": "step-000004"}')
+    assert trainer(tmp_path).step == 4
 
 
 # --- pieces -----------------------------------------------------------------------------------
@@ -414,7 +468,7 @@ def test_pixel_statistics(channels: int | None) -> None:
     assert images.shape == (2, channels or 1, 8, 8) and labels.tolist() == [3, 0]
     assert torch.equal(images[0, 0], data.images[3].view(-1, 8, 8)[0] / 127.5 - 1.0)
     everything = data.take(torch.arange(len(data)))[0].double()
-    tokenizer = pixel_tokenizer(data)
+    tokenizer = tokenizer_of(data)
     assert tokenizer.mean == pytest.approx(float(everything.mean()), abs=1e-6)
     assert tokenizer.std == pytest.approx(float(everything.std()), abs=1e-6)
 

@@ -195,7 +195,8 @@ def test_train_mode_drops_a_tenth_of_the_labels(
 def test_paper_rule_masks_low_levels_more() -> None:
     """Uniform in [r_i, 1] with r_i from 0.7 at level 0 down to 0 at level 15."""
     for level, lowest in [(0, 0.7), (5, 0.7 * 10 / 15), (15, 0.0)]:
-        ratio = mask_ratio(torch.full((4000,), level), 16, "paper", generator(level))
+        uniform = torch.rand(4000, generator=generator(level))
+        ratio = mask_ratio(torch.full((4000,), level), 16, "paper", uniform)
         assert lowest <= ratio.min() < lowest + 0.01 and 0.99 < ratio.max() <= 1.0
         uniform = stats.uniform(lowest, 1 - lowest)
         assert stats.kstest(ratio.numpy(), uniform.cdf).pvalue > 1e-3, level
@@ -205,7 +206,8 @@ def test_official_rule_is_a_truncated_normal_that_rises() -> None:
     """Normal(1, 0.25) truncated to [0.7 i / 16, 1]."""
     means = []
     for level in (0, 8, 15):
-        ratio = mask_ratio(torch.full((4000,), level), 16, "official", generator(level))
+        uniform = torch.rand(4000, generator=generator(level))
+        ratio = mask_ratio(torch.full((4000,), level), 16, "official", uniform)
         low = 0.7 * level / 16
         assert low <= ratio.min() and ratio.max() <= 1.0
         truncated = stats.truncnorm((low - 1) / 0.25, 0.0, loc=1.0, scale=0.25)

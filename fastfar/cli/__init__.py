@@ -12,7 +12,10 @@ from fastfar._version import __version__
 COMMANDS = {
     "sample": "sample images from a checkpoint",
     "train": "train a model",
+    "plan": "memory and time of a training run, expected",
     "eval": "measure the quality of a checkpoint's samples",
+    "cache": "write the latents of a data set",
+    "stats": "measure the latents' scale, or the speed of reading",
     "bench": "measure, or predict, the time of an image",
     "experiment": "run an experiment of the project again",
     "convert": "convert a published checkpoint",

@@ -107,8 +107,14 @@ def _build(args: argparse.Namespace) -> dict[str, Any]:
     from fastfar.data import build_cache
 
     source = open_source(args)
-    start = time.perf_counter()
+    start, done = time.perf_counter(), 0
     with tqdm(unit="picture", disable=args.quiet, file=sys.stderr) as bar:
+
+        def on_batch(pictures: int) -> None:
+            nonlocal done
+            done += pictures
+            bar.update(pictures)
+
         missing = build_cache(
             source,
             _tokenizer(args, source),
@@ -119,9 +125,8 @@ def _build(args: argparse.Namespace) -> dict[str, Any]:
             workers=args.workers,
             device=args.device,
             part=args.part,
-            progress=bar.update,
+            progress=on_batch,
         )
-        done = bar.n
     found = {"output": str(args.output), "pictures": done, "shards_missing": missing}
     return {**found, "seconds": round(time.perf_counter() - start, 1)}
 

@@ -13,21 +13,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # imported in `run`: --help need not wait for PyTorch
-    from fastfar.data import ImageDataset
+    from fastfar.data import Examples
     from fastfar.training import Recipe, Trainer
 
 EXPORT_DTYPES = ("bfloat16", "float32", "float16")
 
 _DESCRIPTION = """\
-Train a FAR model. OUTPUT gets state.pt, recipe.json, log.jsonl and, at the end, export/: the
+Train a FAR model. OUTPUT gets checkpoints/, recipe.json, log.jsonl and, at the end, export/: the
 averaged weights with tokenizer, sampling plan and class names, for `fastfar sample`. If OUTPUT
-holds a run already, it goes on exactly where it was. Ctrl-C finishes the step and saves."""
+holds a run already, it goes on exactly where it was. Ctrl-C finishes the step and saves.
+
+Started by torchrun it is one run on all of its processes (recipe entries: parallel, accumulate,
+ema_device, grad_checkpointing); batch_size is that of all together. A run may go on with another
+number of processes."""
 
 _EPILOG = """examples:
   fastfar train                                        # the demo model, into runs/demo
   fastfar train --output runs/short --set steps=500 lr=1e-3 --minutes 30
   fastfar train --output runs/short                    # goes on, with that run's own recipe
   fastfar train --output runs/short --export-only --plot
+  torchrun --nproc-per-node 8 -m fastfar train --device cuda --data latents --workers 4 \\
+      --output runs/base --set model=far_base batch_size=1024 parallel=fsdp
   fastfar sample runs/short/export
 """
 
@@ -54,14 +60,21 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         nargs="+",
         action="extend",
         default=[],
-        help="change entries of the recipe; model, data, seed and batch_size stay within a run",
+        help="change entries of the recipe; model, seed and batch_size stay within a run",
     )
-    add("--data", metavar="FOLDER", type=Path, help="of the four IDX files, if not installed")
+    add(
+        "--data",
+        metavar="SPEC",
+        help="folder of IDX files, of class folders, of .tar shards, of `fastfar cache`, or one "
+        "that `datasets` saved (default: what the recipe says)",
+    )
+    add("--workers", metavar="N", type=int, default=0, help="that read the data (%(default)s)")
     add("--minutes", metavar="M", type=float, help="stop after that time, as if finished")
     add("--device", metavar="NAME", default="cpu", help="cpu, cuda, cuda:1 (%(default)s)")
     add("--threads", metavar="N", type=int, help="CPU threads")
     add("--log-every", metavar="N", type=int, default=50, help="steps (%(default)s)")
     add("--save-every", metavar="N", type=int, default=500, help="steps (%(default)s)")
+    add("--sync-save", action="store_true", help="do not go on while a checkpoint is written")
     add("--probe-every", metavar="N", type=int, default=1000, help="steps (%(default)s)")
     add("--tensorboard", action="store_true", help="also log to OUTPUT/tensorboard")
     add("--plot", action="store_true", help="write the loss curve to OUTPUT/loss.png")
@@ -73,7 +86,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train and export; 0, or 130 where SIGINT or SIGTERM ended the run before its last step."""
+    """Train and export; 0, or 130 where SIGINT or SIGTERM ended the run before its last step.
+
+    Of several processes the first one speaks and exports.
+    """
+    from fastfar import backend
+
+    first = backend.launched().rank == 0
+    args.quiet = args.quiet or not first
     for name in ("minutes", "threads", "log_every", "save_every", "probe_every"):
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and value > 0):
@@ -81,11 +101,14 @@ def run(args: argparse.Namespace) -> int:
     # What is asked for and not installed is found before the first step.
     if args.plot:
         _figure()
-    writer = _writer(args.output) if args.tensorboard and not args.export_only else None
+    writer = None
+    if args.tensorboard and first and not args.export_only:
+        writer = _writer(args.output)
     found = _export_only(args) if args.export_only else _train(args, writer)
-    if args.plot:
-        found["plot"] = str(_plot(args.output))
-    print(json.dumps(found) if args.json else _report(found))
+    if first:
+        if args.plot:
+            found["plot"] = str(_plot(args.output))
+        print(json.dumps(found) if args.json else _report(found))
     return 130 if found["outcome"] == "interrupted" else 0
 
 
@@ -97,12 +120,12 @@ def read_recipe(name: str | None, changes: Sequence[str], folder: Path) -> Recip
         FileNotFoundError: no such file.
     """
     from fastfar.training import Recipe
-    from fastfar.training.state import STATE_FILE, read_state
+    from fastfar.training.state import has_run, read_run
 
     if name is not None:
         recipe = Recipe.load(name)
-    elif (folder / STATE_FILE).exists():
-        recipe = Recipe.from_dict(read_state(folder)["recipe"])
+    elif has_run(folder):
+        recipe = Recipe.from_dict(read_run(folder)["recipe"])
     else:
         recipe = Recipe.load("demo")
     values: dict[str, Any] = {}
@@ -117,29 +140,42 @@ def read_recipe(name: str | None, changes: Sequence[str], folder: Path) -> Recip
     return recipe.with_changes(values)
 
 
-def _load_data(args: argparse.Namespace) -> ImageDataset:
-    from fastfar.data import load_fashion_mnist
+def _load_data(args: argparse.Namespace, recipe: Recipe) -> Examples:
+    from fastfar.data import open_data
 
-    return load_fashion_mnist("train", args.data)
+    config = recipe.config
+    mode = "L" if config.latent_channels == 1 else "RGB"
+    return open_data(args.data or recipe.data, size=config.latent_size, mode=mode)
 
 
 def _train(args: argparse.Namespace, writer: Any) -> dict[str, Any]:
     import torch
 
-    from fastfar.training import Trainer, export_model
+    from fastfar.training import Trainer, export_run
+    from fastfar.training.checkpoints import latest
     from fastfar.training.state import LOG_FILE
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     recipe = read_recipe(args.recipe, args.set, args.output)
-    trainer = Trainer(recipe, _load_data(args), args.output, args.device)
-    first = trainer.step
-    print(
-        f"{args.output}: step {first} of {recipe.steps}, "
-        f"{sum(p.numel() for p in trainer.model.parameters()) / 1e6:.1f} M parameters, "
-        f"{str(trainer.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads",
-        file=sys.stderr,
+    data = _load_data(args, recipe)
+    trainer = Trainer(
+        recipe,
+        data,
+        args.output,
+        args.device,
+        async_save=not args.sync_save,
+        workers=args.workers,
     )
+    first, world = trainer.step, trainer.world
+    if world.main:
+        spread = f"{world.size} processes ({recipe.parallel}), " if world.size > 1 else ""
+        print(
+            f"{args.output}: step {first} of {recipe.steps}, {spread}"
+            f"{sum(p.numel() for p in trainer.model.parameters()) / 1e6:.1f} M parameters, "
+            f"{str(trainer.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads",
+            file=sys.stderr,
+        )
     start = time.perf_counter()
     outcome, last = _run_with_bar(trainer, args, writer)
     seconds = time.perf_counter() - start
@@ -150,22 +186,19 @@ def _train(args: argparse.Namespace, writer: Any) -> dict[str, Any]:
         "loss": last.get("loss"),
         "seconds": round(seconds, 2),
         "images_per_second": round((trainer.step - first) * recipe.batch_size / seconds, 2),
-        "state": str(trainer.state_path),
+        "state": str(latest(args.output)),
         "log": str(args.output / LOG_FILE),
         "export": None,
     }
-    if outcome != "interrupted":
+    if outcome != "interrupted" and world.main:
         folder = args.output / "export"
-        dtype = _dtypes()[args.export_dtype]
-        names = trainer.data.class_names
-        export_model(
-            folder, trainer.averaged_model(), recipe, trainer.tokenizer, names, dtype
-        )
+        export_run(args.output, folder, _dtypes()[args.export_dtype], lambda: data)
         found["export"] = str(folder)
     if trainer.step < recipe.steps:
         command = ["fastfar", "train", "--output", str(args.output)]
         command += ["--device", args.device] if args.device != "cpu" else []
-        found["resume"] = shlex.join(command + (["--data", str(args.data)] if args.data else []))
+        found["resume"] = shlex.join(command + (["--data", args.data] if args.data else []))
+    world.leave()
     return found
 
 
@@ -211,11 +244,13 @@ def _run_with_bar(
 
 
 def _export_only(args: argparse.Namespace) -> dict[str, Any]:
-    from fastfar.training import export_run
+    from fastfar.training import Recipe, export_run
+    from fastfar.training.state import read_run
 
     folder = args.output / "export"
     dtype = _dtypes()[args.export_dtype]
-    step = export_run(args.output, folder, dtype, lambda: _load_data(args))
+    recipe = Recipe.from_dict(read_run(args.output)["recipe"])
+    step = export_run(args.output, folder, dtype, lambda: _load_data(args, recipe))
     return {"outcome": "exported", "step": step, "export": str(folder)}
 
 

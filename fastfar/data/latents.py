@@ -235,7 +235,7 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         digest.update(name.encode())
         content = tensors[name].contiguous().flatten().view(torch.uint8).numpy()
-        digest.update(memoryview(content))
+        digest.update(content.data)
     return digest.hexdigest()
 
 

@@ -23,7 +23,9 @@ from torch import Tensor, nn
 
 from fastfar._files import atomic_write
 from fastfar.data import IMAGE_SIZE, ImageDataset, to_float
+from fastfar.evaluation.extractors import embed_all
 
+METRIC = "FD-fashion"
 ASSET_FOLDER = Path(__file__).resolve().parent.parent / "assets" / "evaluator"
 FORMAT, FORMAT_VERSION = "fastfar-evaluator", 1
 DEFAULT_WIDTHS = (32, 64, 128, 256)
@@ -38,6 +40,7 @@ class FashionClassifier(nn.Module):
     """
 
     fingerprint: str = "untrained"
+    metric: str = METRIC
 
     def __init__(
         self,
@@ -72,6 +75,16 @@ class FashionClassifier(nn.Module):
             )
         result: Tensor = self.body(images_BCHW).mean(dim=(2, 3))
         return result
+
+    @torch.inference_mode()
+    def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """As an `Extractor`, in eval mode: features (B, F) and logits (B, K) of bytes."""
+        was_training = self.training
+        self.eval()
+        features_BF = self.features(to_float(images))
+        logits_BK: Tensor = self.output(features_BF)
+        self.train(was_training)
+        return features_BF, logits_BK
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         logits: Tensor = self.output(self.dropout(self.features(images_BCHW)))
@@ -168,15 +181,8 @@ def extract(
     model: FashionClassifier, images_BHW: Tensor, batch_size: int = 500
 ) -> tuple[Tensor, Tensor]:
     """uint8 (B, H, W) -> features float32 (B, F) and the predicted class int64 (B,)."""
-    was_training = model.training
-    model.eval()
-    features, classes = [], []
-    for chunk_BHW in torch.split(images_BHW, batch_size):
-        features_BF = model.features(to_float(chunk_BHW))
-        features.append(features_BF)
-        classes.append(model.output(features_BF).argmax(dim=1))
-    model.train(was_training)
-    return torch.cat(features), torch.cat(classes)
+    found = embed_all(model, [images_BHW], batch_size)
+    return torch.from_numpy(found.features), torch.from_numpy(found.logits).argmax(dim=1)
 
 
 def accuracy(model: FashionClassifier, data: ImageDataset) -> float:

@@ -17,7 +17,7 @@ Legend: B image, H height, W width, F feature.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fastfar._version import __version__
 from fastfar.data import ImageDataset, balanced_labels
+from fastfar.evaluation.classifier import METRIC as METRIC
 from fastfar.evaluation.classifier import FashionClassifier, extract
 from fastfar.evaluation.metrics import (
     Array,
@@ -35,7 +36,6 @@ from fastfar.evaluation.metrics import (
     precision_recall,
 )
 
-METRIC = "FD-fashion"
 NEIGHBOURS = 3
 _FLOOR_SEED, _REFERENCE_SEED, _NOISE_SEED = 1, 2, 3
 
@@ -146,36 +146,38 @@ def comparisons(train: ImageDataset, count: int) -> dict[str, tuple[str, Tensor,
 
 
 def evaluate(
-    images_BHW: Tensor,
-    labels_B: Tensor | None,
+    sets: Mapping[str, tuple[Tensor, Tensor | None]],
     *,
     train: ImageDataset,
     test: ImageDataset,
     classifier: FashionClassifier,
-    name: str = "samples",
     on_row: Callable[[Row], None] | None = None,
 ) -> dict[str, Any]:
-    """Judge uint8 images (B, 32, 32) against the test split, with floor and ceilings of the same N.
+    """Judge sets of samples against the test split, with floor and ceilings of the same N.
 
-    Returns a dictionary fit for JSON: ``metric``, ``extractor``, ``extractor_accuracy`` (on the
-    test split), ``reference``, ``neighbours``, ``rows`` (see ``Row``), ``fd_over_floor``,
-    ``fd_over_class_mean``, ``seconds``, ``fastfar``.  ``on_row`` sees each row as it is done.
-    The floor and the ceilings use as many images as there are samples, at most those of the train
-    split.
+    ``sets``: name -> (uint8 images (B, 32, 32), labels (B,) or None), of one N.  Returns a
+    dictionary fit for JSON: ``metric``, ``extractor``, ``extractor_accuracy`` (on the test split),
+    ``reference``, ``neighbours``, ``rows`` (see ``Row``), ``fd_over_floor`` and
+    ``fd_over_class_mean`` (of each set), ``seconds``, ``fastfar``.  ``on_row`` sees each row as it
+    is done.  The floor and the ceilings use as many images as there are samples, at most those of
+    the train split.
     """
     start = time.perf_counter()
     judge = Judge(classifier, test)
-    rows = [judge.score(name, "samples", images_BHW, labels_B)]
-    smallest_class = int(torch.bincount(train.labels, minlength=train.num_classes).min())
-    count = min(len(images_BHW), smallest_class * train.num_classes)
-    sets = comparisons(train, count)
-    if on_row is not None:
-        on_row(rows[0])
-    for other, (kind, other_BHW, other_B) in sets.items():
-        rows.append(judge.score(other, kind, other_BHW, other_B))
+    rows: list[Row] = []
+
+    def add(name: str, kind: str, images_BHW: Tensor, labels_B: Tensor | None) -> None:
+        rows.append(judge.score(name, kind, images_BHW, labels_B))
         if on_row is not None:
             on_row(rows[-1])
-    by_name = {row.name: row for row in rows[1:]}
+
+    for name, (images_BHW, labels_B) in sets.items():
+        add(name, "samples", images_BHW, labels_B)
+    smallest_class = int(torch.bincount(train.labels, minlength=train.num_classes).min())
+    count = min(rows[0].count, smallest_class * train.num_classes)
+    for name, (kind, other_BHW, other_B) in comparisons(train, count).items():
+        add(name, kind, other_BHW, other_B)
+    ours, by_name = rows[: len(sets)], {row.name: row for row in rows[len(sets) :]}
     return {
         "metric": METRIC,
         "extractor": judge.extractor,
@@ -183,8 +185,8 @@ def evaluate(
         "reference": judge.reference_name,
         "neighbours": NEIGHBOURS,
         "rows": [row.to_dict() for row in rows],
-        "fd_over_floor": _ratio(rows[0], by_name["train split"]),
-        "fd_over_class_mean": _ratio(rows[0], by_name["class-mean image"]),
+        "fd_over_floor": {row.name: _ratio(row, by_name["train split"]) for row in ours},
+        "fd_over_class_mean": {row.name: _ratio(row, by_name["class-mean image"]) for row in ours},
         "seconds": round(time.perf_counter() - start, 3),
         "fastfar": __version__,
     }

@@ -17,11 +17,11 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class FeatureStatistics:
-    """Mean (F,) and unbiased covariance (F, F) of ``count`` features."""
+    """Mean (F,) and unbiased covariance (F, F) of ``count`` features (None: not known)."""
 
     mean: Array
     covariance: Array
-    count: int
+    count: int | None
 
     @classmethod
     def of(cls, features_NF: npt.ArrayLike) -> FeatureStatistics:
@@ -76,6 +76,32 @@ def precision_recall(
     return precision, recall
 
 
+def inception_score(
+    logits_NK: npt.ArrayLike, splits: int = 10, seed: int = 2020
+) -> tuple[float, float]:
+    """exp(mean KL(p(k|x) || p(k))): its mean over ``splits`` parts of a set, and their deviation.
+
+    Salimans et al. 2016, with p(k) of the part.  Splits and seed are torch-fidelity's, which
+    shuffles so first: the score depends on both.
+
+    Raises ValueError for fewer images than parts, NaN or infinity.
+    """
+    logits = _checked(logits_NK, "logits")
+    if not 1 <= splits <= len(logits):
+        raise ValueError(f"{len(logits)} images in {splits} parts: give at least 1 image for each")
+    logits = logits[np.random.RandomState(seed).permutation(len(logits))]
+    scores = []
+    for i in range(splits):
+        part = logits[i * len(logits) // splits : (i + 1) * len(logits) // splits]
+        part = part - part.max(axis=1, keepdims=True)
+        log_p = part - np.log(np.exp(part).sum(axis=1, keepdims=True))
+        p = np.exp(log_p)
+        mean = p.mean(axis=0).clip(min=np.finfo(np.float64).tiny)  # a class that none shows
+        divergence = (p * (log_p - np.log(mean))).sum(axis=1)
+        scores.append(np.exp(divergence.mean()))
+    return float(np.mean(scores)), float(np.std(scores))
+
+
 def class_agreement(labels_N: npt.ArrayLike, predicted_N: npt.ArrayLike) -> float:
     """Share of images that a classifier puts into the class they were made for."""
     labels, predicted = np.asarray(labels_N), np.asarray(predicted_N)
@@ -113,7 +139,7 @@ def _share_covered(points_NF: Array, centres_MF: Array, radius2_M: Array, chunk:
 
 def _squared_distance(a_NF: Array, b_MF: Array) -> Array:
     """|a - b|^2 (N, M), as |a|^2 + |b|^2 - 2ab; what is 0 but for rounding is made exactly 0."""
-    squares = (a_NF**2).sum(axis=1)[:, None] + (b_MF**2).sum(axis=1)
+    squares = np.einsum("nf,nf->n", a_NF, a_NF)[:, None] + np.einsum("mf,mf->m", b_MF, b_MF)
     distance2: Array = squares - 2.0 * (a_NF @ b_MF.T)
     distance2[distance2 < 1e-12 * squares] = 0.0
     return distance2

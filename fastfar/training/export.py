@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fastfar.checkpoint import save_pretrained
-from fastfar.data import ImageDataset
+from fastfar.data import Examples
 from fastfar.model import FAR
 from fastfar.plan import SamplingPlan, cosine_mask_ratios
 from fastfar.tokenizer import KLVAE, PixelTokenizer, tokenizer_from_dict
 from fastfar.training.ema import EMA
-from fastfar.training.loop import pixel_tokenizer
+from fastfar.training.loop import new_model, tokenizer_of
 from fastfar.training.recipe import Recipe
 from fastfar.training.state import read_state
 
@@ -73,7 +72,7 @@ def export_run(
     run: Path,
     folder: str | os.PathLike[str],
     dtype: torch.dtype = torch.bfloat16,
-    load_data: Callable[[], ImageDataset] | None = None,
+    load_data: Callable[[], Examples] | None = None,
 ) -> int:
     """Export the averaged weights of a training run's last save; the step they are of.
 
@@ -81,31 +80,26 @@ def export_run(
         run: the folder of the run.
         folder: where to write.
         dtype: of the stored weights.
-        load_data: gives what was trained on; called only for states without a tokenizer.
+        load_data: gives what was trained on; called only where the tokenizer is not in the folder:
+            a KL-VAE's weights never are.
 
     Raises:
-        FileNotFoundError, ValueError: no usable state.pt; or it lacks the tokenizer, and there is
+        FileNotFoundError, ValueError: no usable checkpoint; or it lacks the tokenizer, and there is
             no `load_data`.
         OSError: as `export_model`.
     """
-    state = read_state(run)
+    state = read_state(run, ("ema",))
     recipe = Recipe.from_dict(state["recipe"])
-    model = _averaged(recipe, state["ema"])
-    if "tokenizer" in state:
+    if state.get("tokenizer", {}).get("type") == "pixel":
         tokenizer, names = tokenizer_from_dict(state["tokenizer"]), state["class_names"]
     elif load_data is not None:
         data = load_data()
-        tokenizer, names = pixel_tokenizer(data), data.class_names
+        tokenizer, names = tokenizer_of(data), data.class_names
     else:
-        raise ValueError(f"{run} was written by an earlier version: exporting it needs its data")
+        raise ValueError(f"{run} does not hold its tokenizer: exporting it needs its data")
+    model = new_model(recipe).eval()
+    ema = EMA(model, 0.0)
+    ema.load_state_dict(state["ema"])
+    ema.copy_to(model)
     export_model(folder, model, recipe, tokenizer, names, dtype)
     return int(state["step"])
-
-
-def _averaged(recipe: Recipe, average: Mapping[str, Any]) -> FAR:
-    with torch.random.fork_rng(devices=[]):
-        model = FAR(recipe.config).eval()
-    ema = EMA(model, 0.0)
-    ema.load_state_dict(average)
-    ema.copy_to(model)
-    return model

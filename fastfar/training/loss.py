@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,14 +47,13 @@ class TrainingDraws:
     target_level: Tensor | None = None
 
 
-def mask_ratio(level_B: Tensor, num_levels: int, rule: str, generator: torch.Generator) -> Tensor:
-    """Share of masked tokens per image.
+def mask_ratio(level_B: Tensor, num_levels: int, rule: str, uniform_B: Tensor) -> Tensor:
+    """Share of masked tokens per image, of numbers drawn uniformly in [0, 1).
 
     "paper": uniform in [r_i, 1], r_i falling linearly from 0.7 at level 0 to 0 at the top level.
     "official": normal(1, 0.25) truncated to [0.7 i / K, 1], the published code's rule, which
     rises with the level.
     """
-    uniform_B = torch.rand(len(level_B), generator=generator)
     fraction_B = level_B.float() / num_levels
     if rule == "paper":
         lowest_B = 0.7 * (1.0 - level_B.float() / max(num_levels - 1, 1)).clamp(min=0.0)
@@ -76,7 +76,8 @@ def sample_draws(
     level_per_image: bool = True,
     levels: Sequence[int] | None = None,
     target: str = "clean",
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    level_generator: torch.Generator | None = None,
 ) -> TrainingDraws:
     """Draw levels, timesteps, noise, masks and dropped labels for one batch.
 
@@ -90,35 +91,73 @@ def sample_draws(
         levels: the ascending levels to draw from, those of a sampling plan; None is 0..K - 1.
         target: "clean" for the clean latent at every level (the paper's direct modelling of it,
             as published), "next_level" for the latent at the next of `levels` (K after the last).
-        generator: CPU generator; None is PyTorch's own.
+        generator: CPU generator; None is PyTorch's own. One for each image makes the draws of an
+            image the same alone and in any batch.
+        level_generator: of the level, where it is one for the batch; None is `generator`.
 
     Raises:
-        ValueError: unknown mask rule or target, or levels that are not ascending within 0..K - 1.
+        ValueError: unknown mask rule or target, levels that are not ascending within 0..K - 1, or
+            not one generator per image.
     """
     ladder = check_ladder(levels, config.num_levels)
     if target not in TARGETS:
         raise ValueError(f"target must be one of {TARGETS}, got {target!r}")
-    g = generator if generator is not None else torch.default_generator
-    length = config.num_tokens
-    place_B = torch.randint(len(ladder), (batch if level_per_image else 1,), generator=g)
-    place_B = place_B.expand(batch)
+    numbers = _numbers(config, batch, batch_multiplier, generator)
+    level_u_B, mask_u_B, label_u_B = numbers.uniform_BU[:, :3].unbind(dim=1)
+    if not level_per_image:
+        one = level_u_B[:1] if level_generator is None else torch.rand(1, generator=level_generator)
+        level_u_B = one.expand(batch)
+    place_B = (level_u_B * len(ladder)).long().clamp(max=len(ladder) - 1)
     level_B = torch.tensor(ladder)[place_B]
     next_level_B = torch.tensor((*ladder[1:], config.num_levels))[place_B]
     mask_BL = None
     if mask_rule is not None:
-        ratio_B = mask_ratio(level_B, config.num_levels, mask_rule, g)
-        count_B = torch.ceil(ratio_B * length)
-        rank_BL = torch.rand(batch, length, generator=g).argsort(dim=1).argsort(dim=1)
+        ratio_B = mask_ratio(level_B, config.num_levels, mask_rule, mask_u_B)
+        count_B = torch.ceil(ratio_B * config.num_tokens)
+        rank_BL = numbers.uniform_BU[:, 3:].argsort(dim=1).argsort(dim=1)
         mask_BL = rank_BL < count_B[:, None]
-    rows = batch_multiplier * batch * length
     return TrainingDraws(
         level=level_B,
-        timestep=torch.randint(config.num_timesteps, (rows,), generator=g),
-        noise=torch.randn(rows, config.token_dim, generator=g),
+        timestep=numbers.timestep_BML.transpose(0, 1).flatten(),
+        noise=numbers.noise_BMLP.transpose(0, 1).flatten(0, 2),
         mask=mask_BL,
-        dropped=torch.rand(batch, generator=g) < label_dropout if label_dropout > 0 else None,
+        dropped=label_u_B < label_dropout if label_dropout > 0 else None,
         target_level=next_level_B if target == "next_level" else None,
     )
+
+
+class _Numbers(NamedTuple):
+    """What is random of some images: uniform in [0, 1) (for level, mask ratio, label and the order
+    of the tokens), timesteps, normal noise."""
+
+    uniform_BU: Tensor
+    timestep_BML: Tensor
+    noise_BMLP: Tensor
+
+
+def _numbers(
+    config: FARConfig,
+    batch: int,
+    multiplier: int,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+) -> _Numbers:
+    length = config.num_tokens
+    numbers = _Numbers(
+        torch.empty(batch, 3 + length),
+        torch.empty(batch, multiplier, length, dtype=torch.int64),
+        torch.empty(batch, multiplier, length, config.token_dim),
+    )
+    parts = [numbers]
+    if isinstance(generator, Sequence):
+        if len(generator) != batch:
+            raise ValueError(f"give one generator for each of {batch} images, got {len(generator)}")
+        parts = [_Numbers(*rows) for rows in zip(*numbers, strict=True)]
+    each = generator if isinstance(generator, Sequence) else [generator]
+    for part, one in zip(parts, each, strict=True):
+        part.uniform_BU.uniform_(generator=one)
+        part.timestep_BML.random_(config.num_timesteps, generator=one)
+        part.noise_BMLP.normal_(generator=one)
+    return numbers
 
 
 def check_ladder(levels: Sequence[int] | None, num_levels: int) -> tuple[int, ...]:
@@ -269,7 +308,13 @@ def diffusion_loss(
         dropout = 0.1 if model.training else 0.0
         draws = sample_draws(model.config, len(latents), label_dropout=dropout)
     loss_B = loss_per_image(model, latents, class_labels, draws)
+    return mean_loss(loss_B, draws.level, model.config.num_levels, level_weight)
+
+
+def mean_loss(
+    loss_B: Tensor, level_B: Tensor, num_levels: int, level_weight: str | None
+) -> Tensor:
+    """mean_b w(level_b) * loss_b, with w = 1 or, for "sine", `level_weights`."""
     if level_weight == "sine":
-        weight_B = level_weights(draws.level, model.config.num_levels, loss_B.dtype)
-        loss_B = loss_B * weight_B.to(loss_B)
+        loss_B = loss_B * level_weights(level_B, num_levels, loss_B.dtype).to(loss_B)
     return loss_B.mean()

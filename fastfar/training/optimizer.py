@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from fastfar.backend import require_package
 from fastfar.training.recipe import Recipe
 
 APEX_DEVICES = ("cuda",)
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -45,36 +45,61 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return made
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Moments and steps of a saved state, whichever of the two optimizers it is of.
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The moments by parameter name and their own ("z_proj.weight.exp_avg"); not copies."""
+    return {
+        f"{name}.{moment}": optimizer.state[parameter][moment]
+        for name, parameter in model.named_parameters()
+        if parameter in optimizer.state
+        for moment in MOMENTS
+    }
 
-    Learning rate, betas and weight decay stay the optimizer's own. AdamW counts the steps of each
-    parameter, FusedAdam those of a group.
+
+def optimizer_steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """How often each parameter was stepped, for those that were.
+
+    AdamW counts the steps of each parameter, FusedAdam those of a group.
+    """
+    group_steps = {
+        parameter: group.get("step", 0)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    return {
+        name: int(optimizer.state[parameter].get("step", group_steps[parameter]))
+        for name, parameter in model.named_parameters()
+        if parameter in optimizer.state
+    }
+
+
+def prepare_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """Give the optimizer, whichever of the two it is, the steps of a saved state.
+
+    Returns:
+        its moments, zero so far, by `optimizer_tensors`' names: to be overwritten.
 
     Raises:
-        ValueError: the state is of other parameters; or FusedAdam is to go on with parameters of
-            one group that AdamW stepped differently often.
+        ValueError: FusedAdam is to go on with parameters of one group that AdamW stepped
+            differently often.
     """
-    fused = not isinstance(optimizer, torch.optim.AdamW)
-    moments = {index: dict(values) for index, values in state["state"].items()}
-    groups = []
-    for own, saved in zip(
-        optimizer.state_dict()["param_groups"], state["param_groups"], strict=True
-    ):
-        group = {**own, "params": saved["params"]}
-        entries = [moments[index] for index in saved["params"] if index in moments]
-        counts = {float(each.get("step", saved.get("step", 0))) for each in entries}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for group in optimizer.param_groups:
+        stepped = [p for p in group["params"] if names[p] in steps]
+        counts = {steps[names[p]] for p in stepped}
+        fused = not isinstance(optimizer, torch.optim.AdamW)
         if fused and len(counts) > 1:
             raise ValueError(
                 f"optimizer='apex' cannot go on with this run: it counts one step for a group, and "
-                f"parameters of one have {min(counts):.0f} to {max(counts):.0f}. Use "
-                "optimizer='torch'"
+                f"parameters of one have {min(counts)} to {max(counts)}. Use optimizer='torch'"
             )
-        for entry in entries:
-            step = entry.pop("step", None)
-            if not fused:
-                entry["step"] = torch.tensor(float(saved["step"])) if step is None else step
         if fused and counts:
-            group["step"] = int(counts.pop())
-        groups.append(group)
-    optimizer.load_state_dict({"state": moments, "param_groups": groups})
+            group["step"] = counts.pop()
+        for parameter in stepped:
+            state = optimizer.state[parameter]
+            state |= {moment: torch.zeros_like(parameter.detach()) for moment in MOMENTS}
+            if not fused:
+                count = float(steps[names[parameter]])
+                state["step"] = torch.tensor(count, device=parameter.device)
+    return optimizer_tensors(model, optimizer)

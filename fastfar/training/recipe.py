@@ -24,13 +24,18 @@ class Recipe:
 
     Attributes:
         model: preset name or the entries of a FARConfig.
-        data: name of the data set ("fashion_mnist").
-        steps, batch_size, batch_multiplier: optimiser steps, images and head rows per token.
+        data: "fashion_mnist", or what else `fastfar.data.open_data` opens.
+        steps, batch_size, batch_multiplier: optimiser steps, images of one step (of all processes
+            and micro-batches together) and head rows per token.
+        accumulate: micro-batches of a step on each process, whose gradients are added up: less
+            memory, the same step. With the number of processes it must divide batch_size.
+        flip: mirror every other image, at random.
         lr, betas, weight_decay, clip: AdamW and gradient clipping (norm); biases, norms and the
             head are not decayed.
         mask_rule, level_per_image, levels, target, level_weight, label_dropout: see `sample_draws`
             and `diffusion_loss`.
         ema_decay: with warm-up min(decay, (1 + n) / (10 + n)).
+        ema_device: "same" as the weights, or "cpu", which frees 4 bytes a parameter of a GPU.
         dtype: "auto" (bfloat16 autocast where the machine has it), "bfloat16" or "float32".
         backend: "native" (the CPU kernels' forward and backward), "triton" (those of a GPU),
             "torch", or "auto": on a CPU "torch", which was measured to be a little faster on the
@@ -39,6 +44,8 @@ class Recipe:
             GPU). It may change within a run.
         grad_checkpointing: compute every block again in the backward instead of keeping its
             activations: less memory, the same gradients, about a third more time.
+        parallel: on several processes, "ddp" (each holds all of the model) or "fsdp" (FSDP2: each
+            holds its shard). It may change within a run, and so may the number of processes.
         seed: with the step number it decides every draw, so a resumed run repeats nothing.
 
     Raises:
@@ -52,6 +59,8 @@ class Recipe:
     steps: int = 20000
     batch_size: int = 64
     batch_multiplier: int = 4
+    accumulate: int = 1
+    flip: bool = False
     lr: float = 1e-4
     warmup_steps: int = 500
     decay_share: float = 0.2
@@ -65,16 +74,19 @@ class Recipe:
     level_weight: str | None = None
     label_dropout: float = 0.1
     ema_decay: float = 0.9999
+    ema_device: str = "same"
     dtype: str = "auto"
     backend: str = "auto"
     compile: bool = False
     optimizer: str = "torch"
     grad_checkpointing: bool = False
+    parallel: str = "ddp"
     seed: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", _pair("betas", self.betas))
-        for name in ("steps", "batch_size", "batch_multiplier", "warmup_steps", "seed"):
+        whole = ("steps", "batch_size", "batch_multiplier", "accumulate", "warmup_steps", "seed")
+        for name in whole:
             _whole(name, getattr(self, name), 0 if name in ("warmup_steps", "seed") else 1)
         for name in ("lr", "clip", "weight_decay"):
             value = _number(name, getattr(self, name))
@@ -84,13 +96,15 @@ class Recipe:
             if not 0.0 <= _number(name, getattr(self, name)) <= 1.0:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
         choices: dict[str, tuple[Any, ...]] = {
-            "data": ("fashion_mnist",),
             "mask_rule": (*MASK_RULES, None),
             "level_weight": (*LEVEL_WEIGHTS, None),
             "target": TARGETS,
             "dtype": ("auto", "bfloat16", "float32"),
             "backend": ("auto", "native", "torch", "triton"),
             "level_per_image": (True, False),
+            "flip": (True, False),
+            "ema_device": ("same", "cpu"),
+            "parallel": ("ddp", "fsdp"),
             "compile": (True, False),
             "optimizer": ("torch", "apex"),
             "grad_checkpointing": (True, False),
@@ -98,6 +112,13 @@ class Recipe:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if not isinstance(self.data, str) or not self.data:
+            raise ValueError(f"data must name a data set, got {self.data!r}")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size must be a multiple of accumulate, got {self.batch_size} images in "
+                f"{self.accumulate} micro-batches"
+            )
         if not isinstance(self.model, str | dict):
             raise ValueError(f"model must be a preset or its entries, got {self.model!r}")
         try:

@@ -1,4 +1,4 @@
-"""What a training run keeps in its folder: state.pt, recipe.json and log.jsonl."""
+"""What can be read of a training run's folder, and log.jsonl."""
 
 from __future__ import annotations
 
@@ -12,69 +12,82 @@ from typing import Any
 
 import torch
 
-from fastfar._files import atomic_write, atomic_writes
+from fastfar._files import atomic_write
+from fastfar.training.checkpoints import latest, read_facts, read_tensors
 from fastfar.training.recipe import Recipe
 
-STATE_FILE = "state.pt"
-RECIPE_FILE = "recipe.json"
+STATE_FILE = "state.pt"  # the whole state, in one file, of earlier versions
 LOG_FILE = "log.jsonl"
-ENTRIES = ("model", "ema", "optimizer", "step", "recipe")
-# A run with another one of these is another run; the model is compared by its sizes.
-FIXED = ("data", "seed", "batch_size")
+PARTS = ("model", "ema", "optimizer")
+# A run with another one of these is another run; the model is compared by its sizes, the data by
+# what they hold.
+FIXED = ("seed", "batch_size")
 
 _log = logging.getLogger("fastfar")
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """The entries of state.pt: "model", "ema", "optimizer", "step", "recipe", and, in newer files,
-    "tokenizer" and "class_names". No code in the file is ever run.
+def has_run(folder: Path) -> bool:
+    """Whether the folder holds a training run that was saved."""
+    return latest(folder) is not None or (folder / STATE_FILE).is_file()
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Facts of a run's last save: "step", "recipe", "tokenizer", "class_names" and others.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged.
+    """
+    return read_state(folder, ())
+
+
+def read_state(folder: Path, parts: tuple[str, ...] = PARTS) -> dict[str, Any]:
+    """`read_run` and tensors of a run's last save, whole and on the CPU, in one process.
+
+    Args:
+        folder: of the run.
+        parts: of "model" (weights by name), "ema" (averages by name, and "updates") and
+            "optimizer" (moments by name). No code in the files is run.
 
     Raises:
         FileNotFoundError: there is none.
         ValueError: it is damaged, or no training state.
     """
+    path = latest(folder)
+    if path is None:
+        return _read_old_state(folder)
+    state = read_facts(path)
+    tensors = read_tensors(path, *(f"{part}." for part in parts)) if parts else {}
+    for part in parts:
+        found = {name: value for name, value in tensors.items() if name.startswith(f"{part}.")}
+        state[part] = {name.removeprefix(f"{part}."): value for name, value in found.items()}
+    if "ema" in parts:
+        state["ema"]["updates"] = state["ema_updates"]
+    return state
+
+
+def _read_old_state(folder: Path) -> dict[str, Any]:
     path = folder / STATE_FILE
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no training run: there is no {STATE_FILE} in it")
+        raise FileNotFoundError(f"{folder} holds no training run: nothing was saved in it")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{path} is damaged or no training state ({first_line}); delete it to start the run "
-            "anew, or choose another folder"
-        ) from error
-    missing = [name for name in ENTRIES if not isinstance(state, dict) or name not in state]
+        raise ValueError(f"{path} is damaged or no training state ({first_line})") from error
+    needed = ("model", "ema", "step", "recipe")
+    missing = [name for name in needed if not isinstance(state, dict) or name not in state]
     if missing:
         raise ValueError(f"{path} is no training state: it lacks {missing}")
     return dict(state)
-
-
-def write_state(folder: Path, state: Mapping[str, Any]) -> None:
-    """Write state.pt and, to be read by people, recipe.json: both or neither.
-
-    Raises:
-        OSError: the disk is full or the folder cannot be written; the old files are intact.
-    """
-    text = json.dumps(state["recipe"], indent=2) + "\n"
-    with atomic_writes(folder / STATE_FILE, folder / RECIPE_FILE) as (state_file, recipe_file):
-        recipe_file.write_text(text, encoding="utf-8")
-        with state_file.open("wb") as stream:
-            try:
-                torch.save(dict(state), stream)
-            except RuntimeError as error:
-                # PyTorch's writer turns a failed write into an error of its own.
-                if isinstance(error.__context__, OSError):
-                    raise error.__context__ from error
-                raise
 
 
 def recipe_changes(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
     """Entries of a recipe that are not those the run was started with: name -> (before, now).
 
     Raises:
-        ValueError: one of them cannot change within a run: the model, the data, the seed, the
-            batch size.
+        ValueError: one of them cannot change within a run: the model, the seed, the batch
+            size.
     """
     old, new = before.to_dict(), now.to_dict()
     if before.config == now.config:  # a preset's name and its sizes are the same model

@@ -67,6 +67,7 @@ def test_a_run_moves_between_devices(tmp_path: Path) -> None:
     run.train_step()
     assert "eps_rmse_t999" in run.probe()
     run.save()
+    run.checkpoints.wait()
     resumed = Trainer(run.recipe, tiny_data(), tmp_path, "cpu")
     assert resumed.step == 1
     assert torch.equal(flat(resumed.model.parameters()), flat(run.model.parameters()))

@@ -1,0 +1,55 @@
+"""The models of a training run, to be judged side by side: raw weights and their average."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastfar.pipeline import FARPipeline
+from fastfar.tokenizer import KLVAE, tokenizer_from_dict
+from fastfar.training.ema import EMA
+from fastfar.training.export import default_plan
+from fastfar.training.loop import new_model
+from fastfar.training.recipe import Recipe
+from fastfar.training.state import read_state
+
+WEIGHTS = {"raw": ("raw",), "ema": ("ema",), "both": ("ema", "raw")}
+
+
+def run_pipelines(
+    folder: Path, weights: str = "ema", vae: KLVAE | None = None
+) -> dict[str, FARPipeline]:
+    """Pipelines of a run's last save: "ema" with the averaged weights, "raw" with the latest.
+
+    Both have the plan that the run would be exported with.
+
+    Args:
+        folder: of the run.
+        weights: "raw", "ema" or "both".
+        vae: of runs on its latents; the folder of a run does not hold it.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no usable save, or the KL-VAE is needed.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights={weights!r} is not known; allowed: {', '.join(WEIGHTS)}")
+    state = read_state(folder, ("model", "ema"))
+    said = state.get("tokenizer", {})
+    tokenizer = tokenizer_from_dict(said) if said.get("type") == "pixel" else vae
+    if tokenizer is None:
+        raise ValueError(
+            f"{folder} does not hold its tokenizer: give the KL-VAE that made its latents (--vae "
+            "FILE), or export the run (fastfar train --export-only) and evaluate the export"
+        )
+    recipe = Recipe.from_dict(state["recipe"])
+    pipelines = {}
+    for name in WEIGHTS[weights]:
+        model = new_model(recipe).eval()
+        if name == "raw":
+            model.load_state_dict(state["model"])
+        else:
+            ema = EMA(model, 0.0)
+            ema.load_state_dict(state["ema"])
+            ema.copy_to(model)
+        plan = default_plan(recipe, tokenizer)
+        pipelines[name] = FARPipeline(model, tokenizer, plan, state["class_names"])
+    return pipelines
