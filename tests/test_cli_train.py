@@ -128,7 +128,7 @@ def test_the_end_of_the_time_exports(
         (["--threads", "-1"], "--threads must be positive"),
         (["--save-every", "0"], "--save-every must be positive"),
         (["--data", "nowhere"], "nowhere"),
-        (["--workers", "-1"], "workers must be at least 0"),
+        (["--workers", "-1"], "--workers must be at least 0"),
         (["--export-only"], "no training run"),
     ],
 )

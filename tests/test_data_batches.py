@@ -14,6 +14,7 @@ from tiny_run import tiny_data
 from torch import Tensor
 
 from fastfar.data import Batches, Examples, ImageDataset
+from fastfar.data import batches as batches_module
 
 
 def rows(step: int) -> tuple[Tensor, Tensor]:
@@ -108,6 +109,18 @@ def test_workers_that_always_die_are_an_error(monkeypatch: pytest.MonkeyPatch) -
         pytest.raises(RuntimeError, match=r"died 1 times in a row.*fewer workers"),
     ):
         next(batches)
+
+
+def test_a_broken_connection_is_a_dead_worker_and_an_error_of_the_data_is_none() -> None:
+    for error in (
+        ConnectionResetError(),
+        EOFError(),
+        RuntimeError("DataLoader worker (pid 1) ..."),
+    ):
+        assert batches_module._worker_died(error)
+    caught = "Caught FileNotFoundError in DataLoader worker process 0."
+    for error in (FileNotFoundError(caught), RuntimeError(caught), RuntimeError("CUDA")):
+        assert not batches_module._worker_died(error)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

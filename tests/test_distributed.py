@@ -276,7 +276,7 @@ def test_torchrun_and_a_process_that_is_killed(
     command += ["--nproc-per-node", "2", "-m", "fastfar", *train]
     command += ["--recipe", str(tmp_path / "tiny.json"), "--set", "parallel=fsdp"]
     process = subprocess.Popen(
-        [*command, "--save-every", "2", "--log-every", "1"],
+        [*command, "--save-every", "2", "--log-every", "1", "--workers", "1"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

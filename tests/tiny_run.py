@@ -61,6 +61,18 @@ def tiny_data(count: int = 20, channels: int | None = None) -> ImageDataset:
     return ImageDataset(images, labels, ("bottom", "top", "right", "left"))
 
 
+def flat(value: Any) -> dict[str, Any]:
+    """Nested dictionaries and lists with one key per leaf."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    result: dict[str, Any] = {}
+    for key, entry in items:
+        if isinstance(entry, dict | list | tuple):
+            result |= {f"{key}.{name}": leaf for name, leaf in flat(entry).items()}
+        else:
+            result[str(key)] = entry
+    return result
+
+
 def tiny_pipeline(channels: int = 1) -> FARPipeline:
     """Three masked outer steps of two diffusion steps each; images of 8 x 8 pixels."""
     model = FAR(FARConfig.from_dict({**TINY_MODEL, "latent_channels": channels})).eval()

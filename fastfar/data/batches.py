@@ -99,7 +99,7 @@ class Batches:
                 if self._loaded is None:
                     self._loaded = self._start()
                 return next(self._loaded)
-            except RuntimeError as error:
+            except (RuntimeError, OSError, EOFError) as error:
                 self.close()
                 if not _worker_died(error):
                     raise
@@ -179,7 +179,13 @@ def _own_child_handler() -> Iterator[None]:
             signal.signal(signal.SIGCHLD, before)
 
 
-def _worker_died(error: RuntimeError) -> bool:
-    """PyTorch has no type of its own for it; what `take` raised comes back with a traceback."""
+def _worker_died(error: Exception) -> bool:
+    """Whether an error is that of a dead worker: PyTorch has no type of its own for it.
+
+    A worker that dies while it hands over a batch leaves a broken connection (OSError, EOFError).
+    What `take` raised, of whatever type, comes back with the worker's traceback in its text.
+    """
     text = str(error)
-    return text.startswith("DataLoader worker") and "Traceback" not in text
+    if "in DataLoader worker process" in text:
+        return False
+    return not isinstance(error, RuntimeError) or text.startswith("DataLoader worker")

@@ -57,7 +57,7 @@ class Checkpoints:
     """Writes the saves of one run and keeps the last two.
 
     Args:
-        folder: of the run.
+        folder: of the run, on a file system that all processes share.
         world: its processes, all of which call every method.
         asynchronous: write in the background, from a copy in the CPU's memory.
     """

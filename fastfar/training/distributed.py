@@ -130,7 +130,7 @@ def spread(
             fully_shard of each block, of the denoising MLP and of the rest: weights, gradients,
             moments and average are split over the processes). One process without a group has
             nothing to spread.
-        dtype: in which FSDP gathers the weights; gradients are reduced in float32.
+        dtype: in which FSDP gathers the weights on GPUs; gradients are reduced in float32.
         all_used: whether every parameter takes part in every loss.
         compiled: compile FSDP's units one by one; it cannot be compiled as a whole.
     """
@@ -144,8 +144,9 @@ def spread(
             find_unused_parameters=not all_used,
         )
     mesh = dist.init_device_mesh(world.device.type, (world.size,))
-    # Inputs keep their dtype: levels, timesteps and noise in bfloat16 would be other draws.
-    half = None if dtype is torch.float32 else dtype
+    # Inputs keep their dtype: levels, timesteps and noise in bfloat16 would be other draws. On a CPU
+    # nothing is gained by gathering in half precision, and the native kernels want float32.
+    half = dtype if world.device.type == "cuda" and dtype is not torch.float32 else None
     policy = MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)
     for unit in (*model.encoder_blocks, *model.decoder_blocks, model.head):
         if compiled:

@@ -7,6 +7,7 @@ any number of processes. Dropout is drawn from (seed, n, process).
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
 import threading
@@ -339,10 +340,11 @@ class Trainer:
         self.changes = recipe_changes(Recipe.from_dict(facts["recipe"]), self.recipe)
         for name, (before, now) in self.changes.items():
             _log.warning("going on with %s = %r, which was %r so far", name, now, before)
-        if facts["data"] != self.data.identity:
+        identity = json.loads(json.dumps(self.data.identity))
+        if facts["data"] != identity:
             raise ValueError(
                 f"the run in {self.folder} was started with other images (then {facts['data']}, "
-                f"now {self.data.identity}); choose another folder, or give the same data"
+                f"now {identity}); choose another folder, or give the same data"
             )
         prepare_optimizer(self.model, self.optimizer, facts["optimizer_steps"])
         self.checkpoints.load(path, self._tensors())
