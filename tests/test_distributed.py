@@ -71,10 +71,8 @@ def assert_same_run(found: dict[str, Any], expected: dict[str, Any], first: int 
     ("size", "changes"),
     [
         (1, {"accumulate": 2, "ema_device": "cpu"}),
-        (2, {"parallel": "ddp", "accumulate": 2}),
-        (2, {"parallel": "fsdp", "ema_device": "cpu"}),
-        (4, {"parallel": "ddp", "grad_checkpointing": True}),
-        (4, {"parallel": "fsdp", "grad_checkpointing": True, "accumulate": 2}),
+        (4, {"parallel": "ddp", "accumulate": 2}),
+        (4, {"parallel": "fsdp", "grad_checkpointing": True, "ema_device": "cpu"}),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
 )
@@ -98,8 +96,8 @@ def test_any_number_of_processes_trains_the_same(
                 assert other[name] == pytest.approx(one[name], rel=2e-4), name
 
 
-def test_without_masks_a_parameter_has_no_gradient(tmp_path: Path) -> None:
-    changes = {"mask_rule": None, "label_dropout": 0.0, "steps": 3}
+def test_two_processes_where_a_parameter_has_no_gradient(tmp_path: Path) -> None:
+    changes = {"mask_rule": None, "label_dropout": 0.0, "steps": 3}  # the mask token, and no class
     expected = train(tmp_path / "alone", changes)
     for parallel in ("ddp", "fsdp"):
         folder = tmp_path / parallel
@@ -142,10 +140,7 @@ def state_is_the_saved_one(folder: Path, changes: dict[str, Any]) -> bool:
     return all(same) and names == {*live, "ema.updates"} and run.step == saved["step"]
 
 
-def test_four_processes_then_one_then_two(
-    tmp_path: Path, alone: tuple[dict[str, Any], Path]
-) -> None:
-    expected, _ = alone
+def test_four_processes_then_one_then_two(tmp_path: Path) -> None:
     run = tmp_path / "run"
     # The learning rate must not know that the first parts end early.
     constant = {"decay_share": 0.0}
@@ -154,14 +149,12 @@ def test_four_processes_then_one_then_two(
         *on_processes(4, train, tmp_path, run, {**constant, "steps": 2, "parallel": "fsdp"})[:1],
         train(run, {**constant, "steps": 4}),
     ]
-    for parallel in ("ddp", "fsdp"):
-        found = on_processes(2, state_is_the_saved_one, tmp_path, run, {"parallel": parallel})
-        assert found == [True, True]
+    found = on_processes(2, state_is_the_saved_one, tmp_path, run, {"parallel": "fsdp"})
+    assert found == [True, True]
     parts += on_processes(2, train, tmp_path, run, {**constant, "parallel": "fsdp"})[:1]
     curve = [step for part in parts for step in part["curve"]]
     assert_same_run({**parts[-1], "curve": curve}, whole_run)
     assert [len(part["curve"]) for part in parts] == [2, 2, 2]
-    assert len(expected["curve"]) == 6
 
 
 # --- things that go wrong ---------------------------------------------------------------------

@@ -309,6 +309,26 @@ def test_every_epoch_shows_every_image_once() -> None:
     assert len(batch_rows(22, 4, 4, seed=3)) == 4 and len(batch_rows(22, 5, 4, seed=3)) == 4
 
 
+class Latents(ImageDataset):
+    """Data that a tokenizer has gone over already, as those of a latent cache."""
+
+    tokenizer = tokenizer_of(tiny_data())  # type: ignore[assignment]
+
+    def take(self, *rows: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        images, labels = super().take(*rows)
+        return Latents.tokenizer.to_latents(images), labels
+
+
+def test_latents_are_not_standardised_again(tmp_path: Path) -> None:
+    data = tiny_data()
+    latents = Latents(data.images, data.labels, data.class_names)
+    run = Trainer(tiny_recipe(flip=True), latents, tmp_path / "latents")
+    assert run.tokenizer == tokenizer_of(data) and len(run.data) == 20
+    images = trainer(tmp_path / "images", flip=True)
+    assert run.train_step() == images.train_step()
+    assert run.probe() == images.probe()
+
+
 @pytest.mark.parametrize("channels", [None, 2])
 def test_pixel_statistics(channels: int | None) -> None:
     data = tiny_data(channels=channels)

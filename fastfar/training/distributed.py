@@ -152,9 +152,11 @@ def spread(
         if compiled:
             unit.compile()
         fully_shard(unit, mesh=mesh, mp_policy=policy)
-    # The rest is small. Left whole after a forward without a backward, as a probe's is, its
-    # parameters would be others than those that the optimizer knows.
-    fully_shard(inside, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    # The rest is small, and gathered in float32: positions in bfloat16 would make the residual
+    # stream bfloat16, which it is not in one process. Left whole after a forward without a
+    # backward, as a probe's is, its parameters would be others than those the optimizer knows.
+    rest = MixedPrecisionPolicy(None, torch.float32, cast_forward_inputs=False)
+    fully_shard(inside, mesh=mesh, mp_policy=rest, reshard_after_forward=True)
     return inside
 
 

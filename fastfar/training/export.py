@@ -30,22 +30,24 @@ def default_plan(recipe: Recipe, tokenizer: PixelTokenizer | KLVAE) -> SamplingP
     Masked if it was trained so. Guidance and temperature rise as in
     `SamplingPlan.official("mask")`. x0 is bounded by what the tokenizer can show: a short training
     does not predict the noise near t = 999 well enough to do without (a KL-VAE has no bound).
-    Levels, guidance and T = 16 are those that measured best on the demo (benchmarks/LOG.md).
+    Levels, guidance and T = 16 are those that measured best on the demo (benchmarks/LOG.md);
+    without bounds it takes the published T = 100.
     """
     next_level, known = recipe.target == "next_level", recipe.config.num_levels
     levels = recipe.levels or (0, *range(2, min(known, 10) + 1))
     if next_level and recipe.levels is None:
         levels = tuple(range(known))
     n = len(levels)
+    x0_range = tokenizer.x0_range if isinstance(tokenizer, PixelTokenizer) else None
     return SamplingPlan(
         levels=levels,
         input_levels=(None, *(None if next_level else level for level in levels[1:])),
         guidance_scale=3.0,
         guidance_ramp=tuple(k / n for k in range(n)),
         temperatures=tuple(0.85 + 0.15 * k / n for k in range(n)),
-        diffusion_steps=(16,) * n,
+        diffusion_steps=(16 if x0_range else 100,) * n,
         mask_ratios=cosine_mask_ratios(n) if recipe.mask_rule else None,
-        x0_range=tokenizer.x0_range if isinstance(tokenizer, PixelTokenizer) else None,
+        x0_range=x0_range,
     )
 
 
