@@ -22,8 +22,14 @@ from fastfar.model import FAR
 GOLDEN = Path(__file__).parent / "golden"
 
 
-# The files that keep compilers busy for longest.
-LONGEST = ("test_native.py", "test_packaging.py", "test_compiled_kernels.py", "test_compile.py")
+# The files that take longest: compilers, and processes that start anew.
+LONGEST = (
+    "test_native.py",
+    "test_packaging.py",
+    "test_distributed.py",
+    "test_compiled_kernels.py",
+    "test_compile.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

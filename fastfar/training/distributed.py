@@ -144,8 +144,8 @@ def spread(
             find_unused_parameters=not all_used,
         )
     mesh = dist.init_device_mesh(world.device.type, (world.size,))
-    # Inputs keep their dtype: levels, timesteps and noise in bfloat16 would be other draws. On a CPU
-    # nothing is gained by gathering in half precision, and the native kernels want float32.
+    # Inputs keep their dtype: levels, timesteps and noise in bfloat16 would be other draws. On a
+    # CPU nothing is gained by gathering in half precision, and the native kernels want float32.
     half = dtype if world.device.type == "cuda" and dtype is not torch.float32 else None
     policy = MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)
     for unit in (*model.encoder_blocks, *model.decoder_blocks, model.head):
