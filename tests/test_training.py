@@ -154,6 +154,28 @@ def test_a_log_without_a_state_is_dropped(tmp_path: Path) -> None:
     assert read_log(tmp_path) == []
 
 
+def test_a_run_may_start_from_a_checkpoint(tmp_path: Path) -> None:
+    first = trainer(tmp_path / "first", steps=2)
+    first.run()
+    model, export = first.averaged_model(), tmp_path / "export"
+    export_model(export, model, first.recipe, first.tokenizer, first.data.class_names, torch.float32)
+    second = trainer(tmp_path / "second", steps=2, init=str(export), seed=1)
+    for name, value in model.named_parameters():
+        assert torch.equal(second.model.get_parameter(name), value), name
+        assert torch.equal(second.ema.average[name], value), name
+    assert second.model.training and second.step == 0
+    second.train_step()
+    second.save()
+    second.checkpoints.wait()
+    resumed = trainer(tmp_path / "second", steps=2, init=str(export), seed=1)
+    assert resumed.step == 1
+    for name, value in second.model.named_parameters():
+        assert torch.equal(resumed.model.get_parameter(name), value), name
+    wider = {**TINY_MODEL, "head_width": 48}
+    with pytest.raises(ValueError, match="another model .head_width 32 instead of 48"):
+        trainer(tmp_path / "third", model=wider, init=str(export))
+
+
 # --- another recipe, other data, damaged files ------------------------------------------------
 
 

@@ -8,8 +8,8 @@ from fastfar.pipeline import FARPipeline
 from fastfar.tokenizer import KLVAE, tokenizer_from_dict
 from fastfar.training.ema import EMA
 from fastfar.training.export import default_plan
-from fastfar.training.loop import new_model
 from fastfar.training.recipe import Recipe
+from fastfar.training.start import new_model
 from fastfar.training.state import read_state
 
 WEIGHTS = {"raw": ("raw",), "ema": ("ema",), "both": ("ema", "raw")}

@@ -14,8 +14,9 @@ from fastfar.model import FAR
 from fastfar.plan import SamplingPlan, cosine_mask_ratios
 from fastfar.tokenizer import KLVAE, PixelTokenizer, tokenizer_from_dict
 from fastfar.training.ema import EMA
-from fastfar.training.loop import new_model, tokenizer_of
+from fastfar.training.loop import tokenizer_of
 from fastfar.training.recipe import Recipe
+from fastfar.training.start import new_model
 from fastfar.training.state import read_state
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}

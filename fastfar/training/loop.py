@@ -41,6 +41,7 @@ from fastfar.training.optimizer import (
 )
 from fastfar.training.probe import eps_errors
 from fastfar.training.recipe import Recipe
+from fastfar.training.start import first_model, new_model
 from fastfar.training.state import STATE_FILE, append_log, recipe_changes, trim_log
 
 MAX_SKIPPED = 50  # steps in a row without a finite gradient, after which a run has diverged
@@ -61,13 +62,6 @@ def tokenizer_of(data: Examples) -> PixelTokenizer | KLVAE:
     return PixelTokenizer(round(mean, 6), round(std, 6))
 
 
-def new_model(recipe: Recipe) -> FAR:
-    """The untrained model of a recipe, on the CPU; PyTorch's random numbers stay as they are."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        return FAR(recipe.config)
-
-
 class Trainer:
     """One training run in one folder, on one process or as one of many.
 
@@ -86,8 +80,9 @@ class Trainer:
         workers: processes that read the data ahead.
 
     Raises:
-        ValueError: the folder belongs to another recipe or holds a damaged state, the data does
-            not fit the model or the processes, or device, back end or optimizer cannot be used.
+        ValueError: the folder belongs to another recipe or holds a damaged state, the data or the
+            weights to start from do not fit the model, the batch does not fit the processes, or
+            device, back end or optimizer cannot be used.
     """
 
     def __init__(
@@ -110,7 +105,8 @@ class Trainer:
             self.dtype = backend.best_dtype(self.backend, self.device)
         self.recipe, self.data, self.folder, self.workers = recipe, data, folder, workers
         self.tokenizer = tokenizer_of(data)
-        self.model = new_model(recipe).train().to(self.device)
+        model = new_model(recipe) if latest(folder) else first_model(recipe)
+        self.model = model.train().to(self.device)
         self.model.set_grad_checkpointing(recipe.grad_checkpointing)
         fsdp = self.world.grouped and recipe.parallel == "fsdp"
         self.inside = spread(

@@ -24,6 +24,8 @@ class Recipe:
 
     Attributes:
         model: preset name or the entries of a FARConfig.
+        init: checkpoint whose weights the run starts from (a folder, "demo", or a hub name), of the
+            same sizes; None starts from random ones.
         data: "fashion_mnist", or what else `fastfar.data.open_data` opens.
         steps, batch_size, batch_multiplier: optimiser steps, images of one step (of all processes
             and micro-batches together) and head rows per token.
@@ -55,6 +57,7 @@ class Recipe:
     """
 
     model: str | dict[str, Any] = "demo"
+    init: str | None = None
     data: str = "fashion_mnist"
     steps: int = 20000
     batch_size: int = 64
@@ -112,6 +115,8 @@ class Recipe:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if self.init is not None and (not isinstance(self.init, str) or not self.init):
+            raise ValueError(f"init must be None or name a checkpoint, got {self.init!r}")
         if not isinstance(self.data, str) or not self.data:
             raise ValueError(f"data must name a data set, got {self.data!r}")
         if self.batch_size % self.accumulate:
