@@ -280,6 +280,10 @@ def test_doctor_prints_everything(capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(capsys.readouterr().out)
     assert report["backends"] == backend.backends()
     assert report["native"]["problem"] == _native.reason()
+    plans = report["plans"]
+    assert [name for name, plan in plans.items() if plan["approximate"]] == ["fast"]
+    assert plans["fast"]["head_calls"] == 60 and plans["official-mask"]["head_calls"] == 1100
+    assert "60 head calls per token, T = 6; approximate" in text
     assert {"fastfar", "python", "torch", "cpu", "cores", "threads", "memory_gib", "gpu"} <= set(
         report
     )

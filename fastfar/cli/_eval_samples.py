@@ -79,7 +79,7 @@ def draw(args: argparse.Namespace, name: str, pipeline: FARPipeline) -> Drawn | 
     When it returns, all samples are there.
     """
     changes = {"guidance_scale": args.guidance_scale, "diffusion_steps": args.diffusion_steps}
-    plan = plan_named(args.plan, pipeline).with_changes(**changes)
+    plan = plan_named(args.plan, pipeline.plan).with_changes(**changes)
     identity = _identity(args, pipeline, plan)
     folder = args.work or Path.home() / ".cache" / "fastfar" / "eval" / digest(identity)
     if args.work is not None and args.weights == "both":

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastfar.pipeline import FARPipeline
     from fastfar.plan import SamplingPlan
 
 PLANS = ("official-nomask", "official-mask", "paper-nomask", "paper-mask", "fast")
@@ -15,13 +14,13 @@ HELP = (
 )
 
 
-def plan_named(name: str | None, pipe: FARPipeline) -> SamplingPlan:
-    """The plan called `name`, with the bounds on x0 of the checkpoint's own; None is that one."""
+def plan_named(name: str | None, own: SamplingPlan) -> SamplingPlan:
+    """The plan called `name`, with the bounds on x0 of a checkpoint's own; None is that one."""
     if name is None:
-        return pipe.plan
-    plan_class = type(pipe.plan)
+        return own
+    plan_class = type(own)
     if name == "fast":
-        return plan_class.fast(pipe.plan)
+        return plan_class.fast(own)
     rule, mode = name.split("-")
     plan = plan_class.paper(mode) if rule == "paper" else plan_class.official(mode)
-    return plan.with_changes(x0_range=pipe.plan.x0_range)
+    return plan.with_changes(x0_range=own.x0_range)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import sys
@@ -11,7 +12,9 @@ import torch
 
 from fastfar import _native, _packages, backend
 from fastfar._version import __version__
+from fastfar.cli._plans import PLANS, plan_named
 from fastfar.ops import _attention
+from fastfar.plan import SamplingPlan
 
 
 def _native_report(settings: dict[str, dict[str, str | None]]) -> dict[str, str | int | None]:
@@ -43,6 +46,23 @@ def _memory_gib() -> float | None:
         return None
 
 
+def _plans() -> dict[str, dict[str, Any]]:
+    """Of the demo: T of every outer step, head calls per token, whether it is approximate."""
+    config = backend.DEMO / "config.json"
+    if not config.is_file():
+        return {}
+    own = SamplingPlan.from_dict(json.loads(config.read_text(encoding="utf-8"))["plan"])
+    found = {"its own": own, **{name: plan_named(name, own) for name in PLANS}}
+    return {
+        name: {
+            "diffusion_steps": plan.diffusion_steps,
+            "head_calls": plan.head_calls,
+            "approximate": plan.is_approximate,
+        }
+        for name, plan in found.items()
+    }
+
+
 def report() -> dict[str, Any]:
     """All that `fastfar doctor` shows, ready for JSON; problems are reported, not raised."""
     settings = backend.settings_report()
@@ -67,6 +87,7 @@ def report() -> dict[str, Any]:
         "instruction_sets": backend.instruction_sets(),
         "backends": backend.backends(),
         "attention": _attention.report("cpu" if _packages.cuda_reason() else "cuda"),
+        "plans": _plans(),
         "packages": backend.optional_packages(),
         "settings": settings,
     }

@@ -63,6 +63,7 @@ def _sections(report: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:
         "Instruction sets": _states(report["instruction_sets"]),
         "Back ends": _states(report["backends"]),
         "Attention": [*_attention_choices(report), *_states(report["attention"]["backends"])],
+        "Sampling plans of the demo": _plans(report["plans"]),
         "Optional packages": _states(report["packages"]),
         "Environment variables": list(settings.items()),
     }
@@ -83,6 +84,18 @@ def _attention_choices(report: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [(f"auto, {use}", f"{auto[use]['name']} ({auto[use]['why']})") for use in auto]
     if report["gpu"]["problem"] is not None and report["backends"]["native"] is None:
         rows[0] = ("auto, sampling", "the native back end's own")
+    return rows
+
+
+def _plans(plans: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+    rows = []
+    for name, plan in plans.items():
+        few, most = min(plan["diffusion_steps"]), max(plan["diffusion_steps"])
+        steps = str(few) if few == most else f"{few}..{most}"
+        mode = "the published solver"
+        if plan["approximate"]:
+            mode = "approximate: another solver (quality in benchmarks/FEWSTEP.md)"
+        rows.append((name, f"{plan['head_calls']} head calls per token, T = {steps}; {mode}"))
     return rows
 
 

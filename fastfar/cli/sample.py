@@ -231,7 +231,7 @@ class _Job:
 
         self.args, self.pipe = args, pipe
         config = pipe.model.config
-        self.plan: SamplingPlan = plan_named(args.plan, pipe).with_changes(
+        self.plan: SamplingPlan = plan_named(args.plan, pipe.plan).with_changes(
             guidance_scale=args.guidance_scale, diffusion_steps=args.diffusion_steps
         )
         self.classes = parse_classes(args.classes, config.num_classes, pipe.class_names)
