@@ -158,7 +158,8 @@ def test_a_run_may_start_from_a_checkpoint(tmp_path: Path) -> None:
     first = trainer(tmp_path / "first", steps=2)
     first.run()
     model, export = first.averaged_model(), tmp_path / "export"
-    export_model(export, model, first.recipe, first.tokenizer, first.data.class_names, torch.float32)
+    names = first.data.class_names
+    export_model(export, model, first.recipe, first.tokenizer, names, torch.float32)
     second = trainer(tmp_path / "second", steps=2, init=str(export), seed=1)
     for name, value in model.named_parameters():
         assert torch.equal(second.model.get_parameter(name), value), name
@@ -172,7 +173,7 @@ def test_a_run_may_start_from_a_checkpoint(tmp_path: Path) -> None:
     for name, value in second.model.named_parameters():
         assert torch.equal(resumed.model.get_parameter(name), value), name
     wider = {**TINY_MODEL, "head_width": 48}
-    with pytest.raises(ValueError, match="another model .head_width 32 instead of 48"):
+    with pytest.raises(ValueError, match=r"another model \(head_width 32 instead of 48\)"):
         trainer(tmp_path / "third", model=wider, init=str(export))
 
 
