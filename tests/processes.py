@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-SECONDS = 240  # after which a group hangs
+SECONDS = 600  # after which a group hangs
 
 
 def on_processes(

@@ -116,6 +116,7 @@ def test_a_broken_connection_is_a_dead_worker_and_an_error_of_the_data_is_none()
         ConnectionResetError(),
         EOFError(),
         RuntimeError("DataLoader worker (pid 1) ..."),
+        RuntimeError("Pin memory thread exited unexpectedly"),
     ):
         assert batches_module._worker_died(error)
     caught = "Caught FileNotFoundError in DataLoader worker process 0."

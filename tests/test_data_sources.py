@@ -71,6 +71,17 @@ def test_class_folders_in_the_order_of_their_names(folders: Examples) -> None:
     assert labels.tolist() == [2, 0]
 
 
+def test_hidden_folders_are_none_and_a_class_needs_a_picture(tmp_path: Path) -> None:
+    for name in ("cat", "cat/.thumbs", "dog"):
+        (tmp_path / name).mkdir()
+    for name in ("cat/1.png", "cat/.thumbs/2.png", "dog/3.png"):
+        picture(0).save(tmp_path / name)
+    assert open_data(tmp_path, size=8).labels.tolist() == [0, 1]
+    (tmp_path / "dog" / "3.png").unlink()
+    with pytest.raises(ValueError, match=r"classes without a picture .*\['dog'\]"):
+        open_data(tmp_path, size=8)
+
+
 def test_flips_are_of_the_rows_asked(folders: Examples) -> None:
     plain, _ = folders.take(ROWS[:2])
     flipped, _ = folders.take(ROWS[:2], torch.tensor([False, True]))

@@ -242,6 +242,20 @@ def test_two_seeds_make_none_and_gaps_are_named(tmp_path: Path) -> None:
     assert "There are no rows yet." in empty and "*Prediction.*" in empty
 
 
+def test_rows_that_were_made_differently_are_not_compared(tmp_path: Path) -> None:
+    filters, path = STUDIES["filters"], tmp_path / "rows.jsonl"
+    rows = write_rows(path, filters, {"area_bicubic": [5.0]})
+    (first,) = list(rows)
+    row = {name: value for name, value in first.items() if name not in ("key", "outcome")}
+    # What the variants and seeds of the study change may differ.
+    row |= {"candidate": "fourier", "recipe": {"seed": 1, "model": {"filter": "fourier"}}}
+    rows.get(row, "alike", lambda: first["outcome"])
+    study_report(filters, rows)
+    rows.get({**row, "samples": 5000}, "more", lambda: first["outcome"])
+    with pytest.raises(ValueError, match=r"mixes rows of filters .*N 1000 and 5000.*--output"):
+        study_report(filters, rows)
+
+
 def test_effects_are_means_over_the_other_factors(tmp_path: Path) -> None:
     """Distances that are sums of one number for each factor, and of the seed."""
     cross = STUDIES["table5"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -121,7 +122,10 @@ def test_what_another_process_draws_is_waited_for(
 ) -> None:
     """Its last batch comes while this one, which is done, waits: nothing is drawn twice."""
     whole, _, _ = draw_samples(StandIn(), 10, SampleStore(tmp_path / "other", {}), batch_size=5)
-    store, pipeline = SampleStore(tmp_path / "shared", {}), StandIn(seconds=0.5)
+    store, pipeline = SampleStore(tmp_path / "shared", {}), StandIn()
+    clock = itertools.count()  # a batch takes a second, and so does a look at the clock
+    monkeypatch.setattr("fastfar.evaluation.samples.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("fastfar.evaluation.samples.time.monotonic", lambda: 0.0)
     monkeypatch.setattr(
         "fastfar.evaluation.samples.time.sleep", lambda seconds: store.write(5, whole[5:])
     )

@@ -129,7 +129,7 @@ def test_a_signal_from_outside_saves(tmp_path: Path, number: int) -> None:
     )
     assert process.stdout is not None and process.stdout.readline() == "step\n"
     process.send_signal(number)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     outcome, step = output.splitlines()[-1].split()
     assert outcome == "interrupted" and read_run(tmp_path)["step"] == int(step) > 0
@@ -175,6 +175,16 @@ def test_a_run_may_start_from_a_checkpoint(tmp_path: Path) -> None:
     wider = {**TINY_MODEL, "head_width": 48}
     with pytest.raises(ValueError, match=r"another model \(head_width 32 instead of 48\)"):
         trainer(tmp_path / "third", model=wider, init=str(export))
+
+
+def test_a_folder_is_one_runs_alone(tmp_path: Path) -> None:
+    def second(record: object) -> None:
+        with pytest.raises(ValueError, match="another process is training in"):
+            trainer(tmp_path).run()
+
+    run = trainer(tmp_path, steps=2)
+    assert run.run(on_step=second) == "finished"
+    assert trainer(tmp_path, steps=3).run() == "finished"
 
 
 # --- another recipe, other data, damaged files ------------------------------------------------

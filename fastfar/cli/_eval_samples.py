@@ -134,11 +134,13 @@ def _identity(
     args: argparse.Namespace, pipeline: FARPipeline, plan: SamplingPlan
 ) -> dict[str, Any]:
     """What decides the samples."""
+    device = own_device(args.device)
     identity = {
         "weights": weights_fingerprint(pipeline.model),
         "plan": plan.to_dict(),
         "seed": args.seed,
-        "backend": args.backend,
+        "backend": backend.resolve(args.backend, device),
+        "device": device.type,
         "fastfar": __version__,
     }
     if isinstance(pipeline.tokenizer, KLVAE):

@@ -33,7 +33,7 @@ _EPILOG = """examples:
   fastfar train --output runs/short                    # goes on, with that run's own recipe
   fastfar train --output runs/short --export-only --plot
   torchrun --nproc-per-node 8 -m fastfar train --device cuda --data latents --workers 4 \\
-      --output runs/base --set model=far_base batch_size=1024 parallel=fsdp
+      --recipe far_base --output runs/base
   fastfar sample runs/short/export
 """
 
@@ -52,7 +52,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add(
         "--recipe",
         metavar="NAME",
-        help="demo, or a .json file (default: the recipe of the run in OUTPUT, or demo)",
+        help="demo, demo_longer, small, far_base, far_large, far_huge, or a .json file (default: "
+        "the recipe of the run in OUTPUT, or demo)",
     )
     add(
         "--set",

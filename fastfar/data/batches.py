@@ -188,4 +188,6 @@ def _worker_died(error: Exception) -> bool:
     text = str(error)
     if "in DataLoader worker process" in text:
         return False
-    return not isinstance(error, RuntimeError) or text.startswith("DataLoader worker")
+    # The thread that pins memory ends with the connection that it reads from.
+    died = ("DataLoader worker", "Pin memory thread exited")
+    return not isinstance(error, RuntimeError) or text.startswith(died)

@@ -116,6 +116,11 @@ class ClassFolders:
                 labels.append(label)
         if not names:
             raise ValueError(f"{folder} has no class folders with pictures ({', '.join(SUFFIXES)})")
+        if empty := [name for label, name in enumerate(classes) if label not in set(labels)]:
+            raise ValueError(
+                f"{folder} has classes without a picture ({', '.join(SUFFIXES)}): {empty}; remove "
+                "their folders"
+            )
         # One array, not a million objects: forked workers would copy those as they count them.
         self._names = np.array(names)
         self.labels = torch.tensor(labels)
@@ -241,9 +246,11 @@ def _pictures(folder: Path, prefix: str) -> Iterator[tuple[str, int]]:
         entries = sorted(scan, key=lambda entry: entry.name)
     for entry in entries:
         path = f"{prefix}/{entry.name}"
+        if entry.name.startswith("."):
+            continue
         if entry.is_dir():
             yield from _pictures(folder / entry.name, path)
-        elif entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith("."):
+        elif entry.name.lower().endswith(SUFFIXES):
             yield path, entry.stat().st_size
 
 

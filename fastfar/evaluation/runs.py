@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fastfar._weights import open_weights
 from fastfar.pipeline import FARPipeline
 from fastfar.tokenizer import KLVAE, tokenizer_from_dict
 from fastfar.training.ema import EMA
@@ -34,12 +35,14 @@ def run_pipelines(
         raise ValueError(f"weights={weights!r} is not known; allowed: {', '.join(WEIGHTS)}")
     state = read_state(folder, ("model", "ema"))
     said = state.get("tokenizer", {})
-    tokenizer = tokenizer_from_dict(said) if said.get("type") == "pixel" else vae
-    if tokenizer is None:
+    if said.get("type") != "pixel" and vae is None:
         raise ValueError(
             f"{folder} does not hold its tokenizer: give the KL-VAE that made its latents (--vae "
             "FILE), or export the run (fastfar train --export-only) and evaluate the export"
         )
+    # With the run's own scale, which need not be the published one.
+    weights_of_vae = None if vae is None else open_weights(vae.state_dict())
+    tokenizer = tokenizer_from_dict(said, weights_of_vae)
     recipe = Recipe.from_dict(state["recipe"])
     pipelines = {}
     for name in WEIGHTS[weights]:

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping
 
 from fastfar.evaluation import METRIC
+from fastfar.evaluation.samples import digest
 from fastfar.experiments.base import Row, Rows
 from fastfar.experiments.paired import FEWEST_SEEDS, LEVEL, Difference, paired
 from fastfar.experiments.paper import Study, Variant
@@ -39,10 +40,39 @@ def study_report(study: Study, rows: Rows) -> str:
 
 
 def scores_of(study: Study, rows: Rows) -> dict[str, Scores]:
-    """{variant: {seed: figures}} of all variants, in the study's order."""
+    """{variant: {seed: figures}} of all variants, in the study's order.
+
+    Raises:
+        ValueError: rows of one study were not all made alike.
+    """
+    check_alike(study, rows)
     return {
         variant.name: _by_seed(_image_rows(study, variant, rows)) for variant in study.variants
     }
+
+
+def check_alike(study: Study, rows: Rows) -> None:
+    """ValueError where rows differ in N or in what training has but no variant changes."""
+    changed = {"seed"}.union(*(variant.recipe for variant in study.variants)) - {"model"}
+    sizes = set().union(*(variant.recipe.get("model", {}) for variant in study.variants))
+    found = {}
+    for row in rows.find(experiment=EXPERIMENT, part=study.name, kind="images"):
+        recipe = {name: value for name, value in row["recipe"].items() if name not in changed}
+        model = recipe.pop("model", {})
+        if isinstance(model, Mapping):
+            model = {name: value for name, value in model.items() if name not in sizes}
+        made = {"N": row["samples"], "model": model, **recipe}
+        found[digest(made)] = made
+    if len(found) > 1:
+        one, other, *_ = found.values()
+        differing = sorted(
+            name for name in {*one, *other} if one.get(name) != other.get(name)
+        )
+        told = "; ".join(f"{name} {one.get(name)!r} and {other.get(name)!r}" for name in differing)
+        raise ValueError(
+            f"{rows.path} mixes rows of {study.name} that cannot be compared ({told}): give each "
+            "its own --output"
+        )
 
 
 def _image_rows(study: Study, variant: Variant, rows: Rows) -> list[Row]:

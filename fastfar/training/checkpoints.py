@@ -83,8 +83,6 @@ class Checkpoints:
         _no_warning_of_one_process()
         try:
             writer = _Writer(path, facts)
-            if self.world.main and path.exists():  # what a killed save left
-                shutil.rmtree(path)
             options = {"storage_writer": writer, "process_group": self.world.storage}
             if self.asynchronous:
                 self._pending = path, dcp.async_save(dict(tensors), **options)
@@ -164,6 +162,16 @@ class _Writer(dcp.FileSystemWriter):  # type: ignore[misc]
     def __init__(self, path: Path, facts: Mapping[str, Any]) -> None:
         super().__init__(path)
         self.recipe, self.facts = facts["recipe"], json.dumps(facts, indent=2) + "\n"
+
+    def prepare_global_plan(self, plans: Any) -> Any:
+        """Of the first process alone, before any writes: remove what a killed save left.
+
+        In here, since an error of one process is one of all: they must not go on with different
+        saves.
+        """
+        for left in Path(self.path).iterdir():
+            left.unlink()
+        return super().prepare_global_plan(plans)
 
     def storage_meta(self) -> Any:
         return StorageMeta(save_id=self.save_id)  # without the path, which is a class of its own

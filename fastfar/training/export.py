@@ -19,8 +19,6 @@ from fastfar.training.recipe import Recipe
 from fastfar.training.start import new_model
 from fastfar.training.state import read_state
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
-
 
 def default_plan(recipe: Recipe, tokenizer: PixelTokenizer | KLVAE) -> SamplingPlan:
     """How a model that was trained here is sampled unless told otherwise.

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -41,9 +40,11 @@ from fastfar.training.optimizer import (
 )
 from fastfar.training.probe import eps_errors
 from fastfar.training.recipe import Recipe
+from fastfar.training.signals import stop_flag
 from fastfar.training.start import first_model, new_model
 from fastfar.training.state import STATE_FILE, append_log, recipe_changes, trim_log
 
+LOCK_FILE = ".lock"
 MAX_SKIPPED = 50  # steps in a row without a finite gradient, after which a run has diverged
 
 Outcome = Literal["finished", "out of time", "interrupted"]
@@ -177,6 +178,8 @@ class Trainer:
         self.step += 1
         self.meter.add_step(mean, finite, time.monotonic() - begun)
         self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
+        if not finite and self.world.main:
+            _log.warning("step %d is skipped: the norm of its gradient is %s", self.step, norm)
         if self._skipped_in_a_row >= MAX_SKIPPED:
             raise ValueError(
                 f"no gradient was finite in the last {MAX_SKIPPED} steps: the run has diverged at "
@@ -215,7 +218,8 @@ class Trainer:
         rows = batch_rows(len(self.data), 0, min(images, len(self.data)), seed=1)
         pictures, labels = (each.to(self.device) for each in self.data.take(rows))
         self.model.eval()
-        errors: Record = self.inside(eps_errors, self._latents(pictures), labels, level)
+        with self._precision():
+            errors: Record = self.inside(eps_errors, self._latents(pictures), labels, level)
         self.model.train()
         return errors
 
@@ -239,9 +243,12 @@ class Trainer:
 
         Returns:
             "finished", "interrupted" or "out of time".
+
+        Raises:
+            ValueError: another process trains in the folder; or as `train_step`.
         """
         start, outcome = time.monotonic(), _OUTCOMES[0]
-        with _stop_flag() as stop, self._at_work():
+        with stop_flag() as stop, self._at_work():
             while self.step < self.recipe.steps:
                 late = minutes is not None and time.monotonic() - start >= 60 * minutes
                 if ending := self.world.highest(2 if stop.is_set() else int(late)):
@@ -260,9 +267,9 @@ class Trainer:
                         on_log(entry)
                 if self.step % save_every == 0 and self.step < self.recipe.steps:
                     self._save_on_the_way()
-        if self.checkpoints.step != self.step:
-            self.save()
-            self.checkpoints.wait()
+            if self.checkpoints.step != self.step:
+                self.save()
+                self.checkpoints.wait()
         return outcome
 
     def _means(self) -> Record:
@@ -284,10 +291,23 @@ class Trainer:
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:
-        """However it is left, no thread or process of the run is at work afterwards."""
+        """The folder is this run's alone; however it is left, none of its threads or processes is
+        at work afterwards."""
+        lock, taken = FileLock(self.folder / LOCK_FILE, timeout=0), False
+        try:
+            if self.world.main:
+                lock.acquire()
+        except Timeout:
+            taken = True
+        if self.world.highest(taken):
+            raise ValueError(
+                f"another process is training in {self.folder}: wait for it, or choose another "
+                "folder"
+            )
         try:
             yield
         finally:
+            lock.release()
             if self._feed is not None:
                 self._feed.close()
                 self._feed = None
@@ -353,7 +373,12 @@ def check_data(recipe: Recipe, data: Examples, world: World) -> None:
     config = recipe.config
     expected = (config.latent_channels, config.latent_size, config.latent_size)
     if data.image_shape != expected:
-        raise ValueError(f"the data's images are {data.image_shape}, the model takes {expected}")
+        hint = ""
+        if data.tokenizer is None and config.latent_channels not in (1, 3):
+            hint = ": it takes latents; make them of pictures with `fastfar cache`"
+        raise ValueError(
+            f"the data's images are {data.image_shape}, the model takes {expected}{hint}"
+        )
     if len(data) < recipe.batch_size:
         raise ValueError(
             f"the data has {len(data)} images, fewer than one batch of {recipe.batch_size}"
@@ -370,25 +395,3 @@ def check_data(recipe: Recipe, data: Examples, world: World) -> None:
             f"the data has {len(labels)} labels from {int(labels.min())} to {int(labels.max())} "
             f"for {len(data)} images; the model has the classes 0..{config.num_classes - 1}"
         )
-
-
-@contextmanager
-def _stop_flag() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets; a second SIGINT interrupts as usual."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def handle(number: int, frame: object) -> None:
-        event.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    for number in before:
-        signal.signal(number, handle)
-    try:
-        yield event
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
