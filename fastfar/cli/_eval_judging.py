@@ -14,11 +14,12 @@ from tqdm import tqdm
 from fastfar._version import __version__
 from fastfar.cli._eval_report import fashion_report, published_report
 from fastfar.cli._eval_samples import Drawn, own_device
-from fastfar.data import IMAGE_SIZE, load_fashion_mnist, open_data
+from fastfar.data import IMAGE_SIZE, Examples, load_fashion_mnist, open_data
 from fastfar.evaluation import METRIC, evaluate, load_classifier, load_images
 from fastfar.evaluation.extractors import embed_all
 from fastfar.evaluation.files import image_batches
 from fastfar.evaluation.inception import Inception
+from fastfar.evaluation.metrics import NEIGHBOURS
 from fastfar.evaluation.reference import (
     Reference,
     data_batches,
@@ -26,7 +27,7 @@ from fastfar.evaluation.reference import (
     reference_of,
     write_reference,
 )
-from fastfar.evaluation.scores import NEIGHBOURS, SPLITS, score
+from fastfar.evaluation.scores import SPLITS, score
 
 
 class Judging(Protocol):
@@ -99,6 +100,7 @@ class ByInception:
             )
         self.extractor = Inception(args.inception, own_device(args.device))
         self.reference: Reference | None = None
+        self._data: Examples | None = None
         if args.reference.endswith(".npz"):
             self.reference = read_reference(args.reference, self.extractor)
 
@@ -108,12 +110,18 @@ class ByInception:
 
     def check(self, shape: tuple[int, int, int]) -> None:
         if self.reference is None:
-            open_data(self.args.reference, size=shape[-1])
+            self._real_images(shape[-1])
+
+    def _real_images(self, size: int) -> Examples:
+        """Opened once: a large folder takes long to list."""
+        if self._data is None:
+            self._data = open_data(self.args.reference, size=size)
+        return self._data
 
     def judge(self, drawn: Sequence[Drawn]) -> dict[str, Any]:
         start = time.perf_counter()
         if self.reference is None:
-            data = open_data(self.args.reference, size=next(drawn[0].batches()).shape[-1])
+            data = self._real_images(next(drawn[0].batches()).shape[-1])
             batches = tqdm(data_batches(data), desc="real images", total=-(-len(data) // 100))
             name = Path(self.args.reference).name
             self.reference = reference_of(name, self.extractor, batches)

@@ -53,6 +53,16 @@ def add_shared(parser: argparse.ArgumentParser, samples: int) -> None:
     add("--quick", action="store_true", help="tiny numbers: shows that it runs, decides nothing")
 
 
+def stopped(output: Path, work: Path) -> int:
+    """Say what is kept after Ctrl-C; the exit status."""
+    print(
+        f"stopped; what is finished is kept in {output} and {work}, and the same command goes on "
+        "from there",
+        file=sys.stderr,
+    )
+    return 130
+
+
 def add_study(
     names: argparse._SubParsersAction[argparse.ArgumentParser], study: Study
 ) -> None:
@@ -94,12 +104,7 @@ def run(args: argparse.Namespace) -> int:
             try:
                 missing = run_study(study, studio, rows, tuple(set(args.variant) - {"report"}))
             except KeyboardInterrupt:
-                print(
-                    f"stopped; what is finished is kept in {studio.output} and {studio.work}, and "
-                    "the same command goes on from there",
-                    file=sys.stderr,
-                )
-                return 130
+                return stopped(studio.output, studio.work)
     if missing:
         print(f"not trained, left out: {'; '.join(missing)}", file=sys.stderr)
     print(_write(study, studio, rows, pictures=args.variant != ["report"]))

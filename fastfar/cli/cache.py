@@ -134,13 +134,13 @@ def _build(args: argparse.Namespace) -> dict[str, Any]:
 def _tokenizer(args: argparse.Namespace, source: Examples) -> PixelTokenizer | KLVAE:
     from dataclasses import replace
 
-    from fastfar.tokenizer import KLVAE, PixelTokenizer
+    from fastfar.tokenizer import KLVAE
+    from fastfar.training.loop import tokenizer_of
 
     if args.tokenizer is None:
         if args.scale is not None:
             raise ValueError("--scale is of a KL-VAE's latents: give --tokenizer, or leave it out")
-        mean, std = source.pixel_statistics()
-        return PixelTokenizer(round(mean, 6), round(std, 6))
+        return tokenizer_of(source)
     vae = KLVAE.load_official(args.tokenizer)
     if args.scale is not None:
         vae.config = replace(vae.config, scale=args.scale)

@@ -30,7 +30,7 @@ from fastfar.evaluation import (
     train_classifier,
 )
 from fastfar.evaluation.classifier import LEARNING_RATE, MAX_SHIFT, WEIGHT_DECAY
-from fastfar.evaluation.evaluate import NEIGHBOURS
+from fastfar.evaluation.metrics import NEIGHBOURS
 from fastfar.evaluation.runs import WEIGHTS
 from fastfar.evaluation.samples import check_seed
 from fastfar.evaluation.scores import SPLITS

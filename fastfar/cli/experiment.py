@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fastfar.cli._study import WORK, add_shared, add_study
+from fastfar.cli._study import WORK, add_shared, add_study, stopped
 from fastfar.evaluation.samples import check_seed
 from fastfar.experiments import EXPERIMENTS, SHOWN, STUDIES, Rows, Setting
 from fastfar.experiments.picture import side_by_side
@@ -91,12 +91,7 @@ def run(args: argparse.Namespace) -> int:
             if args.picture is not None:
                 save_png(args.picture, side_by_side(setting, SHOWN[args.name](setting)))
         except KeyboardInterrupt:
-            print(
-                f"stopped; what is finished is kept in {output} and {work}, and the same command "
-                "goes on from there",
-                file=sys.stderr,
-            )
-            return 130
+            return stopped(output, work)
     asked = {name: part for name, part in parts.items() if name in wanted or "report" in wanted}
     print(report(args.name, asked, rows))
     return 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -126,6 +126,19 @@ class Batches:
         )
         with _own_child_handler():
             return iter(loader)
+
+
+def read(
+    data: Examples, batches: Sequence[Tensor], workers: int = 0
+) -> Generator[Batch, None, None]:
+    """Images and labels of every batch of rows, in order, then no more; as `Batches`."""
+
+    def rows_of(step: int) -> tuple[Tensor]:  # also asked for steps after the last, unused
+        return (batches[min(step, len(batches) - 1)],)
+
+    with Batches(data, rows_of, workers=workers) as loader:
+        for _ in batches:
+            yield next(loader)
 
 
 class _Take(Dataset[Batch]):

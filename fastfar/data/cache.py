@@ -5,6 +5,7 @@ Legend: B picture, C channels, H height, W width (h, w of a latent).
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from fastfar._files import atomic_write
 from fastfar._weights import open_weights, weights_digest
-from fastfar.data.batches import Batches
+from fastfar.data.batches import read
 from fastfar.data.images import Examples, in_batches
 from fastfar.data.latents import (
     FORMAT,
@@ -85,15 +86,11 @@ def build_cache(
     mine = [number for number in missing if number % count == index]
     plan = {number: in_batches(shard_rows(number, header), batch_size) for number in mine}
     batches = list(itertools.chain.from_iterable(plan.values()))
-
-    def rows_of(step: int) -> tuple[Tensor]:  # also asked for steps after the last, unused
-        return (batches[min(step, len(batches) - 1)],)
-
-    with Batches(source, rows_of, workers=workers) as loader:
+    with contextlib.closing(read(source, batches, workers)) as loaded:
         for number, its_batches in plan.items():
             encoded = []
             for rows_B in its_batches:
-                encoded.append(_encode_both(next(loader), tokenizer, device))
+                encoded.append(_encode_both(next(loaded), tokenizer, device))
                 if progress is not None:
                     progress(len(rows_B))
             _write_shard(folder, number, header, encoded)

@@ -174,6 +174,11 @@ def to_unit(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1.0
 
 
+def to_bytes(images: Tensor) -> Tensor:
+    """Inverse of `to_unit`: uint8 round((x + 1) * 127.5), clamped, same shape."""
+    return images.float().add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
+
+
 def byte_statistics(counts_V: Tensor) -> tuple[float, float]:
     """Mean and standard deviation, in float64, of x / 127.5 - 1 from the counts (256,) of bytes."""
     count_V = counts_V.double()
@@ -191,7 +196,7 @@ def to_float(images_BHW: Tensor) -> Tensor:
             f"images must be uint8 of shape (B, H, W), got {images_BHW.dtype} "
             f"{tuple(images_BHW.shape)}"
         )
-    return images_BHW[:, None].float().div_(127.5).sub_(1.0)
+    return to_unit(images_BHW[:, None])
 
 
 def to_uint8(images_B1HW: Tensor) -> Tensor:
@@ -203,4 +208,4 @@ def to_uint8(images_B1HW: Tensor) -> Tensor:
         raise ValueError(f"images must have shape (B, 1, H, W), got {tuple(images_B1HW.shape)}")
     if not bool(torch.isfinite(images_B1HW).all()):
         raise ValueError("images hold NaN or infinity: the model that made them diverged")
-    return images_B1HW[:, 0].float().add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
+    return to_bytes(images_B1HW[:, 0])

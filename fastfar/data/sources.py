@@ -116,7 +116,8 @@ class ClassFolders:
                 labels.append(label)
         if not names:
             raise ValueError(f"{folder} has no class folders with pictures ({', '.join(SUFFIXES)})")
-        if empty := [name for label, name in enumerate(classes) if label not in set(labels)]:
+        used = set(labels)
+        if empty := [name for label, name in enumerate(classes) if label not in used]:
             raise ValueError(
                 f"{folder} has classes without a picture ({', '.join(SUFFIXES)}): {empty}; remove "
                 "their folders"

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastfar.data.batches import Batches
+from fastfar.data.batches import read
 from fastfar.data.images import Examples, in_batches
 from fastfar.data.latents import LatentCache, encode
 from fastfar.tokenizer import KLVAE, PixelTokenizer
@@ -105,13 +105,9 @@ def _encoded(
     workers: int,
     device: torch.device | str,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    def rows_of(step: int) -> tuple[Tensor]:  # also asked for steps after the last, unused
-        return (plan[min(step, len(plan) - 1)],)
-
-    with Batches(data, rows_of, workers=workers) as loader:
-        for _ in plan:
-            images_BCHW = next(loader)[0].to(device)
-            yield (images_BCHW, None) if tokenizer is None else encode(tokenizer, images_BCHW)
+    for images_BCHW, _ in read(data, plan, workers):
+        images_BCHW = images_BCHW.to(device)
+        yield (images_BCHW, None) if tokenizer is None else encode(tokenizer, images_BCHW)
 
 
 def _summary(first_BC: Tensor, second_BC: Tensor) -> LatentStatistics:

@@ -29,6 +29,7 @@ from fastfar.data import ImageDataset, balanced_labels
 from fastfar.evaluation.classifier import METRIC as METRIC
 from fastfar.evaluation.classifier import FashionClassifier, extract
 from fastfar.evaluation.metrics import (
+    NEIGHBOURS,
     Array,
     FeatureStatistics,
     class_agreement,
@@ -36,7 +37,6 @@ from fastfar.evaluation.metrics import (
     precision_recall,
 )
 
-NEIGHBOURS = 3
 _FLOOR_SEED, _REFERENCE_SEED, _NOISE_SEED = 1, 2, 3
 
 
@@ -100,7 +100,7 @@ class Judge:
         features_BF, classes_B = extract(self.classifier, images_BHW)
         features: Array = features_BF.numpy().astype("float64")
         neighbours = self._neighbours(len(images_BHW))
-        precision, recall = precision_recall(neighbours, features, k=NEIGHBOURS)
+        precision, recall = precision_recall(neighbours, features)
         agreement = None
         if labels_B is not None:
             agreement = class_agreement(labels_B.numpy(), classes_B.numpy())

@@ -15,6 +15,9 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float64]
 
 
+NEIGHBOURS = 3  # k of precision and recall
+
+
 @dataclass(frozen=True)
 class FeatureStatistics:
     """Mean (F,) and unbiased covariance (F, F) of ``count`` features (None: not known)."""
@@ -57,7 +60,7 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
 
 
 def precision_recall(
-    real_NF: npt.ArrayLike, generated_MF: npt.ArrayLike, k: int = 3, chunk: int = 1000
+    real_NF: npt.ArrayLike, generated_MF: npt.ArrayLike, k: int = NEIGHBOURS, chunk: int = 1000
 ) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019, equations 1 and 2).
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastfar._files import atomic_write
 from fastfar.data import Examples
+from fastfar.data.images import to_bytes
 from fastfar.evaluation.extractors import Extractor, Floats, embed_all
 from fastfar.evaluation.files import image_batches
 from fastfar.evaluation.metrics import Array, FeatureStatistics
@@ -115,7 +116,7 @@ def data_batches(data: Examples, size: int = 100) -> Iterator[Tensor]:
         raise ValueError("a latent cache has no images to compare with: give what it was made from")
     for rows_B in torch.split(torch.arange(len(data)), size):
         images_BCHW, _ = data.take(rows_B)
-        yield images_BCHW.add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+        yield to_bytes(images_BCHW)
 
 
 def write_reference(

@@ -7,8 +7,7 @@ from pathlib import Path
 from fastfar._weights import open_weights
 from fastfar.pipeline import FARPipeline
 from fastfar.tokenizer import KLVAE, tokenizer_from_dict
-from fastfar.training.ema import EMA
-from fastfar.training.export import default_plan
+from fastfar.training.export import averaged_model, default_plan
 from fastfar.training.recipe import Recipe
 from fastfar.training.start import new_model
 from fastfar.training.state import read_state
@@ -44,15 +43,12 @@ def run_pipelines(
     weights_of_vae = None if vae is None else open_weights(vae.state_dict())
     tokenizer = tokenizer_from_dict(said, weights_of_vae)
     recipe = Recipe.from_dict(state["recipe"])
-    pipelines = {}
+    plan, pipelines = default_plan(recipe, tokenizer), {}
     for name in WEIGHTS[weights]:
-        model = new_model(recipe).eval()
         if name == "raw":
+            model = new_model(recipe).eval()
             model.load_state_dict(state["model"])
         else:
-            ema = EMA(model, 0.0)
-            ema.load_state_dict(state["ema"])
-            ema.copy_to(model)
-        plan = default_plan(recipe, tokenizer)
+            model = averaged_model(recipe, state["ema"])
         pipelines[name] = FARPipeline(model, tokenizer, plan, state["class_names"])
     return pipelines

@@ -19,7 +19,7 @@ from fastfar.evaluation.metrics import (
 )
 from fastfar.evaluation.reference import Reference
 
-NEIGHBOURS, SPLITS = 3, 10
+SPLITS = 10
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def score(name: str, features: Features, extractor: Extractor, reference: Refere
     mean, deviation = inception_score(features.logits, SPLITS)
     precision = recall = None
     if reference.features is not None:
-        precision, recall = precision_recall(reference.features, features.features, NEIGHBOURS)
+        precision, recall = precision_recall(reference.features, features.features)
     return Scores(
         name=name,
         count=len(features),

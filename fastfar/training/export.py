@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -98,9 +99,15 @@ def export_run(
         tokenizer, names = tokenizer_of(data), data.class_names
     else:
         raise ValueError(f"{run} does not hold its tokenizer: exporting it needs its data")
-    model = new_model(recipe).eval()
-    ema = EMA(model, 0.0)
-    ema.load_state_dict(state["ema"])
-    ema.copy_to(model)
+    model = averaged_model(recipe, state["ema"])
     export_model(folder, model, recipe, tokenizer, names, dtype)
     return int(state["step"])
+
+
+def averaged_model(recipe: Recipe, averages: dict[str, Any]) -> FAR:
+    """The model of a recipe in eval mode, with what `read_state` gives as "ema"."""
+    model = new_model(recipe).eval()
+    ema = EMA(model, 0.0)
+    ema.load_state_dict(averages)
+    ema.copy_to(model)
+    return model
