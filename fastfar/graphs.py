@@ -37,7 +37,7 @@ from fastfar.rows import Rows
 OnLevel = Callable[[int, Tensor], object]
 Body = Callable[[], None]
 
-MAX_GRAPHS = 4  # kept per model
+MAX_GRAPHS = 8  # kept per model
 MAX_NOISE_BYTES = 512 * 2**20  # of the noise buffers of one graph
 
 _enabled: ContextVar[bool] = ContextVar("fastfar_graphs", default=True)

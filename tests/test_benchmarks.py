@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -11,15 +13,18 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_run import tiny_recipe
 from tolerances import assert_close_to_reference, joined
 
 from fastfar import KLVAE, FARConfig, SamplingPlan, _native
+from fastfar.bench import rows
 from fastfar.bench.cases import CASES, PRESETS, STEPS
 from fastfar.costs import counts
 from fastfar.ops._convolution import can_pack, is_packed
 from fastfar.ops._folded_head import FoldedHead
 from fastfar.ops._head import PackedHead
 from fastfar.packing import PackedWeight
+from fastfar.training.meter import PARTS
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = FARConfig.preset("demo")
@@ -128,3 +133,25 @@ def test_the_pytest_benchmark_suites_run() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 passed" in done.stdout, "reference and torch"
     assert "no path native" in done.stdout, "and why the others are left out"
+
+
+def test_the_training_run_is_measured_beside_the_cost_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = importlib.util.spec_from_file_location(
+        "bench_training_run", ROOT / "benchmarks" / "bench_training_run.py"
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    recipe, saved = tmp_path / "tiny.json", tmp_path / "rows.jsonl"
+    recipe.write_text(json.dumps(tiny_recipe().to_dict()))
+    options = ["--device", "cpu", "--gpu", "h100", "--warmup", "1", "--steps", "3"]
+    module.main([str(recipe), *options, "--set", "lr=1e-4", "--save", str(saved)])
+    (row,) = rows.read_lines(saved)
+    assert len(row["samples_s"]) == 3 and row["batch"] == 8 and row["op"] == "training_run"
+    assert row["extra"]["recipe"]["lr"] == 1e-4
+    parts = [row["extra"]["log"][f"share_{part}"] for part in PARTS]
+    assert min(parts) > 0 and sum(parts) < 1.01
+    printed = capsys.readouterr().out
+    assert "expected" in printed and f"{8 / statistics.median(row['samples_s']):,.0f}" in printed

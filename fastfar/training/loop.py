@@ -272,6 +272,16 @@ class Trainer:
                 self.checkpoints.wait()
         return outcome
 
+    def close(self) -> None:
+        """Wait for a save in the background, and end what reads the data ahead.
+
+        `run` does so by itself; a further step begins to read anew.
+        """
+        if self._feed is not None:
+            self._feed.close()
+            self._feed = None
+        self._wait()
+
     def _means(self) -> Record:
         return self.meter.means(self.recipe.batch_size, self.model.config.num_tokens)
 
@@ -308,10 +318,7 @@ class Trainer:
             yield
         finally:
             lock.release()
-            if self._feed is not None:
-                self._feed.close()
-                self._feed = None
-            self._wait()
+            self.close()
 
     def averaged_model(self) -> FAR:
         """A model in eval mode with the averaged weights, whole, in every process."""

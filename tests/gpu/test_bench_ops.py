@@ -21,12 +21,13 @@ OPTIONS = ops.Options("a run", "cuda", repeats=2)
 def test_every_op_is_right_and_below_the_peak() -> None:
     paths = ("reference", "autocast", "torch", "triton")
     found = list(ops.bench(ops.problems(None, DEMO), dataclasses.replace(OPTIONS, paths=paths)))
-    # PyTorch's own float32 convolutions are TF32's by default, and the gate says so.
-    wrong = [row.subject for row in found if row.gate != "green"]
-    assert not [name for name in wrong if "convolution" not in name or "torch/float32" not in name]
     for row in found:
         assert len(row.samples_s) == 2 and row.peak_kind == "torch.matmul", row.subject
-        assert row.share_of_peak is None or row.share_of_peak < 1.1, row.subject
+        # PyTorch's own float32 convolutions are TF32's by default: above float32's peak, and the
+        # gate says so.
+        if "convolution" not in row.subject or "torch/float32" not in row.subject:
+            assert row.gate == "green", row.subject
+            assert row.share_of_peak is None or row.share_of_peak < 1.1, row.subject
         if row.form == "triton":
             assert row.extra["timer"] == "graph", row.subject
 
