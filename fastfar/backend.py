@@ -138,17 +138,25 @@ def interpreting() -> bool:
 
 
 class Launched(NamedTuple):
-    """What torchrun tells a process: its number, how many there are, its number on the machine."""
+    """What torchrun tells a process: its number, how many there are; the same on the machine."""
 
     rank: int
     size: int
     local_rank: int
+    local_size: int
 
 
 def launched() -> Launched:
-    """How torchrun started this process; (0, 1, 0) if it did not."""
+    """How torchrun started this process; (0, 1, 0, 1) if it did not.
+
+    Whoever sets these by hand may leave out LOCAL_WORLD_SIZE: all are then on one machine.
+    """
     values = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
-    return Launched(*map(int, values)) if all(map(str.isdecimal, values)) else Launched(0, 1, 0)
+    if not all(map(str.isdecimal, values)):
+        return Launched(0, 1, 0, 1)
+    rank, size, local_rank = map(int, values)
+    local_size = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return Launched(rank, size, local_rank, int(local_size) if local_size.isdecimal() else size)
 
 
 def architecture(device: torch.device | str) -> int:

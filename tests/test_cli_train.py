@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import signal
 import sys
@@ -112,6 +113,22 @@ def test_the_end_of_the_time_exports(
     assert found["outcome"] == "out of time" and found["step"] == 0 and found["loss"] is None
     assert found["resume"].startswith("fastfar train --output")
     assert (run / "export" / "model.safetensors").is_file()
+
+
+def test_the_command_that_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def parse(*options: str) -> argparse.Namespace:
+        words = ["train", "--output", "run", *options]
+        return cli._parser(words).parse_args(words)
+
+    args = parse("--data", "a b", "--workers", "2")
+    assert train_command._resume(args) == "fastfar train --output run --data 'a b' --workers 2"
+    args = parse("--device", "cuda", "--sync-save")
+    rest = "-m fastfar train --output run --device cuda --sync-save"
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    assert train_command._resume(args) == f"torchrun --nproc-per-node 8 {rest}"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert train_command._resume(args) == f"torchrun --nnodes 2 --nproc-per-node 4 {rest}"
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,20 @@ def test_hidden_folders_are_none_and_a_class_needs_a_picture(tmp_path: Path) -> 
         open_data(tmp_path, size=8)
 
 
+def test_a_folder_of_pictures_is_one_class(tmp_path: Path) -> None:
+    folder = tmp_path / "flat"
+    folder.mkdir()
+    for number in range(3):
+        picture(number).save(folder / f"{number}.png")
+    (folder / "notes.txt").write_text("no picture")
+    found = open_data(folder, size=8)
+    assert found.class_names == ("flat",) and found.labels.tolist() == [0, 0, 0]
+    for number in range(3):
+        (folder / f"{number}.png").unlink()
+    with pytest.raises(ValueError, match="no data set that fastfar knows"):
+        open_data(folder, size=8)
+
+
 def test_flips_are_of_the_rows_asked(folders: Examples) -> None:
     plain, _ = folders.take(ROWS[:2])
     flipped, _ = folders.take(ROWS[:2], torch.tensor([False, True]))

@@ -310,7 +310,7 @@ def test_the_command(
 
     text = output.with_suffix(".md").read_text()
     output.with_suffix(".md").unlink()
-    alone = ["experiment", "filters", "report", "--output", str(output)]
+    alone = ["experiment", "filters", "report", "report", "--output", str(output)]
     assert cli.main([*alone, "--work", str(tmp_path / "none")]) == 0
     assert capsys.readouterr().out.strip() == text.strip()
     assert output.with_suffix(".md").read_text() == text

@@ -85,7 +85,7 @@ def draw(args: argparse.Namespace, name: str, pipeline: FARPipeline) -> Drawn | 
     if args.work is not None and args.weights == "both":
         folder = args.work / name.split()[-1]
     store = SampleStore(folder, identity)
-    rank, processes, _ = backend.launched()
+    rank, processes, *_ = backend.launched()
     config = pipeline.model.config
     if rank == 0:
         print(f"samples are kept in {folder}", file=sys.stderr)

@@ -96,7 +96,8 @@ def run(args: argparse.Namespace) -> int:
     studio = _studio(args)
     rows = Rows(studio.output)
     missing: list[str] = []
-    if args.variant != ["report"]:
+    only_report = set(args.variant) == {"report"}
+    if not only_report:
         from fastfar.experiments.study import run_study
 
         with tqdm(bar_format="{desc}", disable=not sys.stderr.isatty()) as line:
@@ -107,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
                 return stopped(studio.output, studio.work)
     if missing:
         print(f"not trained, left out: {'; '.join(missing)}", file=sys.stderr)
-    print(_write(study, studio, rows, pictures=args.variant != ["report"]))
+    print(_write(study, studio, rows, pictures=not only_report))
     return 0
 
 

@@ -52,8 +52,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add(
         "--recipe",
         metavar="NAME",
-        help="demo, demo_longer, small, far_base, far_large, far_huge, or a .json file (default: "
-        "the recipe of the run in OUTPUT, or demo)",
+        help=f"{', '.join(_recipes())}, or a .json file (default: the recipe of the run in OUTPUT, "
+        "or demo)",
     )
     add(
         "--set",
@@ -84,6 +84,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--quiet", action="store_true", help="no progress bar")
     add("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
+
+
+def _recipes() -> list[str]:
+    """Names of the committed recipes, without importing what trains them."""
+    folder = Path(__file__).parents[1] / "training" / "recipes"
+    return sorted(path.stem for path in folder.glob("*.json"))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -198,11 +204,24 @@ def _train(args: argparse.Namespace, writer: Any) -> dict[str, Any]:
         export_run(args.output, folder, _dtypes()[args.export_dtype], lambda: data)
         found["export"] = str(folder)
     if trainer.step < recipe.steps:
-        command = ["fastfar", "train", "--output", str(args.output)]
-        command += ["--device", args.device] if args.device != "cpu" else []
-        found["resume"] = shlex.join(command + (["--data", args.data] if args.data else []))
+        found["resume"] = _resume(args)
     world.leave()
     return found
+
+
+def _resume(args: argparse.Namespace) -> str:
+    """The command that goes on, with the options that a run's folder does not know."""
+    from fastfar import backend
+
+    command, (_, size, _, here) = ["fastfar", "train"], backend.launched()
+    if size > 1:
+        nodes = ["--nnodes", str(size // here)] if here < size else []
+        command = ["torchrun", *nodes, "--nproc-per-node", str(here), "-m", *command]
+    command += ["--output", str(args.output)]
+    for name, usual in (("device", "cpu"), ("data", None), ("workers", 0), ("threads", None)):
+        if (value := getattr(args, name)) != usual:
+            command += [f"--{name}", str(value)]
+    return shlex.join(command + (["--sync-save"] if args.sync_save else []))
 
 
 def _run_with_bar(

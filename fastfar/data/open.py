@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from fastfar.data.fashion_mnist import load_fashion_mnist
@@ -29,7 +30,7 @@ def open_data(
     - A folder that `fastfar cache` wrote: `LatentCache`.
     - A folder that Hugging Face's `datasets` saved: `SavedDataset`.
     - A .tar file, a folder with some, or a pattern ("shards/train-*.tar"): `Shards`.
-    - A folder with one subfolder per class: `ClassFolders`.
+    - A folder with one subfolder per class: `ClassFolders`. One without subfolders is one class.
     The last two are looked for in the subfolder `split` first.
 
     Args:
@@ -69,10 +70,14 @@ def _pictures(path: Path, split: str) -> Source:
         if set(names) <= set(SPLITS):
             raise ValueError(f"{path} has the splits {names}, not {split!r}")
         return ClassFolders(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        whole = folder.resolve()
+        with suppress(ValueError):  # no pictures: said below
+            return ClassFolders(whole.parent, [whole.name])
     raise ValueError(
         f"{path} is no data set that fastfar knows. It looked for IDX files, a latent cache "
         f"({HEADER_FILE}), a folder saved by Hugging Face's datasets, .tar shards, and one folder "
-        "of pictures per class"
+        "of pictures, or one per class"
     )
 
 

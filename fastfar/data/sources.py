@@ -99,16 +99,22 @@ class Pictures:
 class ClassFolders:
     """One subfolder per class, with pictures in it or in folders below; classes and files by name.
 
+    Args:
+        folder: that has the subfolders.
+        classes: those to take, in label order; None is all of them.
+
     Raises:
         ValueError: there is no picture, or a class without one.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], classes: Sequence[str] | None = None
+    ) -> None:
         self.folder = Path(folder)
         digest = hashlib.sha256()
         names: list[bytes] = []
         labels: list[int] = []
-        classes = class_folders(self.folder)
+        classes = class_folders(self.folder) if classes is None else list(classes)
         for label, name in enumerate(classes):
             for path, size in _pictures(self.folder / name, name):
                 digest.update(f"{path}\0{size}\n".encode(errors="surrogateescape"))
