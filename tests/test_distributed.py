@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import math
 import os
 import signal
@@ -72,6 +74,7 @@ def assert_same_run(found: dict[str, Any], expected: dict[str, Any], first: int 
     [
         (1, {"accumulate": 2, "ema_device": "cpu"}),
         (4, {"parallel": "ddp", "accumulate": 2}),
+        (2, {"parallel": "fsdp", "accumulate": 2}),
         (4, {"parallel": "fsdp", "grad_checkpointing": True, "ema_device": "cpu"}),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
@@ -238,6 +241,32 @@ def test_a_save_that_was_killed_is_never_taken(
         assert path is not None and path.name == "step-000002"
     found = train(run, {})
     assert_same_run(found, alone[0], first=2)
+
+
+def train_with_a_full_disk(folder: Path) -> tuple[list[str], dict[str, Any]]:
+    """The disk of the last process is full at step 2."""
+    write, warned = checkpoints._Writer.write_data, []
+
+    def full(self: Any, plan: Any, planner: Any) -> Any:
+        if Path(self.path).name == "step-000002" and torch.distributed.get_rank() == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, plan, planner)
+
+    checkpoints._Writer.write_data = full  # type: ignore[method-assign]
+    logging.getLogger("fastfar").addFilter(lambda record: not warned.append(record.getMessage()))
+    found = train(folder, {})
+    return warned, found
+
+
+def test_a_save_that_fails_on_one_process_fails_on_all(
+    tmp_path: Path, alone: tuple[dict[str, Any], Path]
+) -> None:
+    run = tmp_path / "run"
+    for warned, found in on_processes(2, train_with_a_full_disk, tmp_path, run):
+        assert len(warned) == 1 and "No space left on device" in warned[0]
+        assert_same_run(found, alone[0])
+    path = latest(run)
+    assert path is not None and path.name == "step-000006"
 
 
 def test_a_batch_that_cannot_be_shared(tmp_path: Path) -> None:
