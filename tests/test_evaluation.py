@@ -29,6 +29,7 @@ from fastfar.evaluation import (
     save_classifier,
     train_classifier,
 )
+from fastfar.evaluation.metrics import RunningStatistics
 
 
 def gaussian(mean: Any, covariance: Any) -> FeatureStatistics:
@@ -76,7 +77,20 @@ def test_frechet_distance_of_a_set_to_itself_and_to_its_shift() -> None:
     assert frechet_distance(here, FeatureStatistics.of(rows + 2)) == pytest.approx(28, rel=1e-9)
 
 
+def test_statistics_of_parts_are_those_of_the_whole() -> None:
+    rows = np.random.default_rng(0).normal(size=(501, 7)) @ np.diag(np.arange(1, 8)) + 1e6
+    running = RunningStatistics()
+    for part in np.split(rows, [1, 3, 3, 200]):  # one row, two, none, many
+        running.add(part)
+    found = running.statistics()
+    assert found.count == 501
+    assert np.allclose(found.mean, rows.mean(0), rtol=1e-14)
+    assert np.allclose(found.covariance, np.cov(rows.T), rtol=1e-8, atol=1e-8)
+
+
 def test_bad_statistics_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least 2 images, got 0"):
+        RunningStatistics().statistics()
     with pytest.raises(ValueError, match="at least 2"):
         FeatureStatistics.of(np.zeros((1, 3)))
     with pytest.raises(ValueError, match="NaN"):

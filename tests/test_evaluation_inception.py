@@ -24,6 +24,7 @@ from fastfar.evaluation.extractors import Extractor, embed_all
 from fastfar.evaluation.inception import Inception
 from fastfar.evaluation.metrics import inception_score, precision_recall
 from fastfar.evaluation.reference import (
+    _Sample,
     data_batches,
     read_reference,
     reference_of,
@@ -208,6 +209,21 @@ def test_a_reference_batch(weights: Path, tmp_path: Path) -> None:
     reference = read_reference(files_of(tmp_path, arr_0=array), extractor)
     assert np.allclose(reference.statistics.mean, expected.mean(0), atol=1e-6)
     assert str(reference) == "reference.npz 15"
+
+
+def test_rows_for_precision_are_any_of_all() -> None:
+    """Fewer than asked are kept as they are; of more, each is as likely as any other."""
+    few = _Sample(50)
+    for rows in np.split(np.arange(40.0)[:, None], 4):
+        few.add(rows)
+    assert few.rows[:, 0].tolist() == list(range(40))
+    sample = _Sample(1000)
+    for rows in np.array_split(np.arange(20_000.0)[:, None], 13):  # the first 1,538: full and over
+        sample.add(rows)
+    kept = sample.rows[:, 0]
+    assert len(kept) == len(set(kept.tolist())) == 1000
+    counts = np.histogram(kept, bins=10, range=(0, 20_000))[0]
+    assert counts.min() > 60 and counts.max() < 140, "four standard deviations of 100 are 38"
 
 
 def test_a_reference_of_ones_own(weights: Path, tmp_path: Path) -> None:

@@ -29,12 +29,44 @@ class FeatureStatistics:
     @classmethod
     def of(cls, features_NF: npt.ArrayLike) -> FeatureStatistics:
         """Statistics of (N, F) features; ValueError for fewer than two rows, NaN or infinity."""
+        running = RunningStatistics()
+        running.add(features_NF)
+        return running.statistics()
+
+
+class RunningStatistics:
+    """`FeatureStatistics` of features that arrive in parts, none of which is kept.
+
+    A part of n rows with mean m and scatter S joins N rows with mean M:
+    S' = S_N + S + N n / (N + n) (m - M)(m - M)^T, M' = M + n / (N + n) (m - M)
+    (Chan, Golub and LeVeque 1983), which loses no digits where the mean is large.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._mean: Array = np.zeros(())
+        self._scatter: Array = np.zeros(())
+
+    def add(self, features_NF: npt.ArrayLike) -> None:
+        """Count (N, F) features; ValueError for NaN or infinity."""
         rows = _checked(features_NF, "features")
-        if len(rows) < 2:
-            raise ValueError(f"a covariance needs at least 2 images, got {len(rows)}")
+        if not len(rows):
+            return
         mean = rows.mean(axis=0)
-        centred = rows - mean
-        return cls(mean, centred.T @ centred / (len(rows) - 1), len(rows))
+        rows = rows - mean
+        total = self.count + len(rows)
+        shift = mean - self._mean
+        scatter = rows.T @ rows
+        if self.count:
+            scatter += self._scatter + np.outer(shift, shift) * (self.count * len(rows) / total)
+        self._scatter, self._mean = scatter, self._mean + shift * (len(rows) / total)
+        self.count = total
+
+    def statistics(self) -> FeatureStatistics:
+        """Of all rows so far; ValueError for fewer than two."""
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 images, got {self.count}")
+        return FeatureStatistics(self._mean, self._scatter / (self.count - 1), self.count)
 
 
 def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:

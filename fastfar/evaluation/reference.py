@@ -21,8 +21,9 @@ from fastfar.data import Examples
 from fastfar.data.images import to_bytes
 from fastfar.evaluation.extractors import Extractor, Floats, embed_all
 from fastfar.evaluation.files import image_batches
-from fastfar.evaluation.metrics import Array, FeatureStatistics
+from fastfar.evaluation.metrics import Array, FeatureStatistics, RunningStatistics
 
+PART = 2_000  # images whose features are counted at once
 NEAREST_AMONG = 10_000  # real images of precision and recall, as in Dhariwal and Nichol 2021
 
 
@@ -50,10 +51,55 @@ class Reference:
 
 def reference_of(name: str, extractor: Extractor, images: Iterable[Tensor]) -> Reference:
     """The reference that batches of uint8 images are: statistics of all of them, and for precision
-    and recall, whose cost grows with the square, 10,000 at random, always the same."""
-    features = embed_all(extractor, images).features
-    rows = np.random.default_rng(0).permutation(len(features))[:NEAREST_AMONG]
-    return Reference(name, FeatureStatistics.of(features), features[np.sort(rows)])
+    and recall, whose cost grows with the square, 10,000 at random, always the same.
+
+    No more than those are kept in memory, however many images there are.
+    """
+    running, kept = RunningStatistics(), _Sample(NEAREST_AMONG)
+    for batches in _at_least(PART, images):
+        features_NF = embed_all(extractor, batches).features
+        running.add(features_NF)
+        kept.add(features_NF)
+    return Reference(name, running.statistics(), kept.rows)
+
+
+def _at_least(count: int, batches: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Batches in groups of so many images, for statistics cost a product of matrices each."""
+    group: list[Tensor] = []
+    for batch in batches:
+        group.append(batch)
+        if sum(map(len, group)) >= count:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+class _Sample:
+    """`size` random rows of all that were added (reservoir sampling, Vitter 1985, algorithm R)."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self._seen = size, 0
+        self._generator = np.random.default_rng(0)
+        self._first: list[Floats] = []  # the first `size` rows, of which later ones take the place
+
+    @property
+    def rows(self) -> Floats:
+        """Those that are kept, as one array, which further ones may be written into."""
+        if len(self._first) > 1:
+            self._first = [np.concatenate(self._first)]
+        return self._first[0]
+
+    def add(self, rows_NF: Floats) -> None:
+        """Row i of all takes the place of a kept one with probability size / i."""
+        free = max(0, self.size - self._seen)
+        if free:
+            self._first.append(rows_NF[:free].copy())
+        first, self._seen = self._seen + free, self._seen + len(rows_NF)
+        if first < self._seen:
+            place = self._generator.integers(0, np.arange(first, self._seen) + 1)
+            taken = place < self.size
+            self.rows[place[taken]] = rows_NF[free:][taken]
 
 
 def read_reference(path: str | os.PathLike[str], extractor: Extractor) -> Reference:
