@@ -384,3 +384,17 @@ def test_remedies_fit() -> None:
         again = estimate(dataclasses.replace(run, **change))  # type: ignore[arg-type]
         assert again.bytes == other.bytes
     assert not training.remedies(dataclasses.replace(run, machine=training_machines.find("h100:2")))
+
+
+# One H100, 64 images at once: seconds of a step and bytes that PyTorch's allocator reserved, by
+# benchmarks/bench_training_run.py (benchmarks/LOG.md, the first training on a GPU).
+MEASURED = {"far_base": (0.162, 26.9), "far_large": (0.214, 39.4), "far_huge": (0.351, 61.5)}
+
+
+@pytest.mark.parametrize("preset", MEASURED)
+def test_the_estimate_is_near_what_was_measured(preset: str) -> None:
+    """The smallest model waits most for the host, which the estimate has too fast."""
+    run = Run(FARConfig.preset(preset), training_machines.find("1xH100"), batch=64)
+    found, (seconds, gib) = estimate(run), MEASURED[preset]
+    assert 0.8 * seconds < found.seconds < seconds
+    assert gib < found.bytes / 2**30 < 1.15 * gib, "never told to fit what does not"

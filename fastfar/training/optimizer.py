@@ -74,11 +74,9 @@ def optimizer_steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 def prepare_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, steps: Mapping[str, int]
-) -> dict[str, Tensor]:
-    """Give the optimizer, whichever of the two it is, the steps of a saved state.
-
-    Returns:
-        its moments, zero so far, by `optimizer_tensors`' names: to be overwritten.
+) -> None:
+    """Give the optimizer, whichever of the two it is, the steps of a saved state, and moments of
+    zero to be overwritten.
 
     Raises:
         ValueError: FusedAdam is to go on with parameters of one group that AdamW stepped
@@ -102,4 +100,3 @@ def prepare_optimizer(
             if not fused:
                 count = float(steps[names[parameter]])
                 state["step"] = torch.tensor(count, device=parameter.device)
-    return optimizer_tensors(model, optimizer)
