@@ -107,13 +107,14 @@ def _build(args: argparse.Namespace) -> dict[str, Any]:
     from fastfar.data import build_cache
 
     source = open_source(args)
-    start, done = time.perf_counter(), 0
+    start, pictures = time.perf_counter(), 0
     with tqdm(unit="picture", disable=args.quiet, file=sys.stderr) as bar:
 
-        def on_batch(pictures: int) -> None:
-            nonlocal done
-            done += pictures
-            bar.update(pictures)
+        def on_batch(done: int, total: int) -> None:
+            nonlocal pictures
+            bar.total = total
+            bar.update(done - pictures)
+            pictures = done
 
         missing = build_cache(
             source,
@@ -127,7 +128,7 @@ def _build(args: argparse.Namespace) -> dict[str, Any]:
             part=args.part,
             progress=on_batch,
         )
-    found = {"output": str(args.output), "pictures": done, "shards_missing": missing}
+    found = {"output": str(args.output), "pictures": pictures, "shards_missing": missing}
     return {**found, "seconds": round(time.perf_counter() - start, 1)}
 
 

@@ -51,7 +51,7 @@ def build_cache(
     workers: int = 0,
     device: torch.device | str = "cpu",
     part: tuple[int, int] = (0, 1),
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Write the latents of all pictures; the number of shards that are still missing.
 
@@ -68,7 +68,8 @@ def build_cache(
         batch_size, workers: pictures at a time, and processes that read ahead.
         device: where the tokenizer runs.
         part: (i, n) with 0 <= i < n.
-        progress: told the number of pictures after every batch.
+        progress: told after every batch how many pictures are done, and how many there are to do
+            (in this call: finished shards are not counted).
 
     Raises:
         ValueError: a wrong argument, a source of latents, or a folder with another cache.
@@ -86,13 +87,15 @@ def build_cache(
     mine = [number for number in missing if number % count == index]
     plan = {number: in_batches(shard_rows(number, header), batch_size) for number in mine}
     batches = list(itertools.chain.from_iterable(plan.values()))
+    done, total = 0, sum(map(len, batches))
     with contextlib.closing(read(source, batches, workers)) as loaded:
         for number, its_batches in plan.items():
             encoded = []
             for rows_B in its_batches:
                 encoded.append(_encode_both(next(loaded), tokenizer, device))
+                done += len(rows_B)
                 if progress is not None:
-                    progress(len(rows_B))
+                    progress(done, total)
             _write_shard(folder, number, header, encoded)
     return sum(not has_shard(folder, number, header) for number in missing)
 
