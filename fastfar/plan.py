@@ -217,8 +217,8 @@ class SamplingPlan:
         Raises:
             ValueError: an unknown mode.
 
-        Source: benchmarks/FEWSTEP.md and LOG.md: measured on two demo models, on nothing else. Equal
-        to T = 100 on the first, 0.04 lower in precision on the second.
+        Source: benchmarks/FEWSTEP.md and LOG.md: measured on two demo models, on nothing else.
+        Equal to T = 100 on the first, 0.04 lower in precision on the second.
         """
         plan = cls.official(base) if isinstance(base, str) else base
         return plan.with_changes(guidance_scale=guidance_scale, diffusion_steps=6, solvers=_FAST)
