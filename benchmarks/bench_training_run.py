@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fastfar.bench import rows, tables
 from fastfar.bench.rows import Row
+from fastfar.bench.run import new_id
 from fastfar.cli.train import read_recipe
 from fastfar.config import FARConfig
 from fastfar.costs import training as costs
@@ -32,9 +33,6 @@ from fastfar.costs import training_machines
 from fastfar.tokenizer import PixelTokenizer
 from fastfar.training import Recipe, Trainer
 from fastfar.training.meter import PARTS
-
-RESULTS = Path(__file__).parent / "results"
-GIB = 2**30
 
 
 class RandomLatents:
@@ -123,11 +121,10 @@ def line(row: Row, estimate: costs.Estimate | None) -> tuple[str, ...]:
     """Of the table."""
     log = row.extra["log"]
     found = [row.subject, tables.duration(row.median_s), f"{row.batch / row.median_s:,.0f}"]
-    memory = row.peak_memory_bytes
-    found.append("-" if memory is None else f"{memory / GIB:.1f} GiB")
+    found.append(tables.size(row.peak_memory_bytes))
     found.append(" ".join(f"{100 * log['share_' + part]:.0f}" for part in PARTS))
     if estimate is not None:
-        found += [tables.duration(estimate.seconds), f"{estimate.bytes / GIB:.1f} GiB"]
+        found += [tables.duration(estimate.seconds), tables.size(estimate.bytes)]
     return tuple(found)
 
 
@@ -146,7 +143,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    options.run = f"training-run-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}"
+    options.run = new_id("training-run")
     lines = []
     for name in options.recipes:
         options.name = name

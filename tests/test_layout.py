@@ -45,7 +45,7 @@ ALSO_PUBLIC = {"PixelTokenizer", "SeededNoise", "Solver", "__version__"}
 # Imports run one way: a module imports from its own layer and from those above it in this list.
 LAYERS: tuple[set[str], ...] = (
     {"_version", "_files", "_memory", "_native", "_packages", "_tables", "_weights", "backend"}
-    | {"config", "kernels", "packing", "profiling"},
+    | {"_recipes", "config", "kernels", "packing", "profiling"},
     {"diagonal_gaussian", "diffusion", "levels", "noise", "plan", "rows", "solver"}
     | {"_coefficients"},
     {"ops"},

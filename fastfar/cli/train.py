@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastfar._recipes import recipe_names
+
 if TYPE_CHECKING:  # imported in `run`: --help need not wait for PyTorch
     from fastfar.data import Examples
     from fastfar.training import Recipe, Trainer
@@ -52,8 +54,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add(
         "--recipe",
         metavar="NAME",
-        help=f"{', '.join(_recipes())}, or a .json file (default: the recipe of the run in OUTPUT, "
-        "or demo)",
+        help=f"{', '.join(recipe_names())}, or a .json file (default: the recipe of the run in "
+        "OUTPUT, or demo)",
     )
     add(
         "--set",
@@ -84,12 +86,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--quiet", action="store_true", help="no progress bar")
     add("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
-
-
-def _recipes() -> list[str]:
-    """Names of the committed recipes, without importing what trains them."""
-    folder = Path(__file__).parents[1] / "training" / "recipes"
-    return sorted(path.stem for path in folder.glob("*.json"))
 
 
 def run(args: argparse.Namespace) -> int:

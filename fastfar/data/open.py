@@ -70,7 +70,7 @@ def _pictures(path: Path, split: str) -> Source:
         if set(names) <= set(SPLITS):
             raise ValueError(f"{path} has the splits {names}, not {split!r}")
         return ClassFolders(folder)
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir():
         whole = folder.resolve()
         with suppress(ValueError):  # no pictures: said below
             return ClassFolders(whole.parent, [whole.name])

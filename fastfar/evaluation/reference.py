@@ -56,18 +56,18 @@ def reference_of(name: str, extractor: Extractor, images: Iterable[Tensor]) -> R
     No more than those are kept in memory, however many images there are.
     """
     running, kept = RunningStatistics(), _Sample(NEAREST_AMONG)
-    for batches in _at_least(PART, images):
-        features_NF = embed_all(extractor, batches).features
+    for group in _at_least(PART, (embed_all(extractor, [batch]).features for batch in images)):
+        features_NF = np.concatenate(group)
         running.add(features_NF)
         kept.add(features_NF)
     return Reference(name, running.statistics(), kept.rows)
 
 
-def _at_least(count: int, batches: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Batches in groups of so many images, for statistics cost a product of matrices each."""
-    group: list[Tensor] = []
-    for batch in batches:
-        group.append(batch)
+def _at_least(count: int, parts: Iterable[Floats]) -> Iterator[list[Floats]]:
+    """Groups of so many rows, for which statistics cost a product of matrices each."""
+    group: list[Floats] = []
+    for part in parts:
+        group.append(part)
         if sum(map(len, group)) >= count:
             yield group
             group = []

@@ -7,10 +7,10 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from fastfar._recipes import recipe_names, recipe_text
 from fastfar.config import FARConfig
 from fastfar.training.loss import LEVEL_WEIGHTS, MASK_RULES, TARGETS, check_ladder
 
@@ -177,17 +177,12 @@ class Recipe:
                 raise FileNotFoundError(f"there is no recipe {path}")
             text = path.read_text(encoding="utf-8")
         else:
-            folder = resources.files("fastfar.training") / "recipes"
-            names = sorted(
-                entry.name.removesuffix(".json")
-                for entry in folder.iterdir()
-                if entry.name.endswith(".json")
-            )
+            names = recipe_names()
             if str(name_or_path) not in names:
                 raise ValueError(
                     f"no recipe {str(name_or_path)!r}; there are {names}, or give a .json file"
                 )
-            text = (folder / f"{name_or_path}.json").read_text(encoding="utf-8")
+            text = recipe_text(str(name_or_path))
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
